@@ -1,0 +1,4 @@
+"""DAB-DETR, ResNet-101, 50 epochs."""
+
+_base_ = "dab_detr_r50.py"
+backbone = "resnet101"

@@ -1,0 +1,311 @@
+"""A toy COCO: coloured shapes on cluttered backgrounds, in COCO 2017's layout.
+
+`python -m datasets.toy --root outputs/toy_coco` draws it in seconds, so that reading, training and
+evaluation can be tried with nothing to download. The class of an object is its shape; colour, size,
+rotation and place say nothing about it.
+
+A box is the full extent of its object clipped to the image, hidden parts included; `segmentation`
+is the polygon clipped alike, and `area` is that polygon's. A ring's polygon runs round its outer
+edge, crosses the band and comes back round the hole, so that its mask has the hole too. A crowd is
+a cluster of tiny objects of one class; its mask (RLE) and box are those of the whole cluster.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from util.errors import UserError
+
+# Ids with gaps, as in COCO: code that takes an id for an index fails here too.
+CATEGORIES = {3: "circle", 7: "square", 12: "triangle", 25: "star", 44: "ring", 81: "cross"}
+SPLITS = ("train2017", "val2017")
+
+# An object's longer side as a fraction of `size`, and how often each range is drawn.
+EXTENTS = np.array([[0.1, 0.22], [0.22, 0.55], [0.55, 1.05]])
+EXTENT_WEIGHTS = (0.42, 0.42, 0.16)
+MIN_VISIBLE = 0.4
+EMPTY_FRACTION = 0.04
+CROWD_FRACTION = 0.03
+
+MAX_IMAGES = 1_000_000  # of a split; the ids of the next split begin after it
+TITLE = "Toy COCO"  # near the start of every file, so that only our own are ever replaced
+
+
+def regular(corners: int, radius: np.ndarray | float = 1.0) -> np.ndarray:
+    """Points (corners, 2) evenly spaced in angle about the origin, at `radius` from it."""
+    angles = 2 * np.pi * np.arange(corners) / corners
+    return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
+
+
+def star(rng: np.random.Generator) -> np.ndarray:
+    return regular(10, radius=np.where(np.arange(10) % 2, rng.uniform(0.38, 0.5), 1.0))
+
+
+def ring(rng: np.random.Generator) -> np.ndarray:
+    outer = regular(32)[np.arange(33) % 32]
+    return np.concatenate([outer, rng.uniform(0.45, 0.65) * outer[::-1]])
+
+
+def cross(rng: np.random.Generator) -> np.ndarray:
+    a = rng.uniform(0.26, 0.38)
+    arm, quarter_turn = np.array([[a, a], [a, 1], [-a, 1]]), np.array([[0, 1], [-1, 0]])
+    return np.concatenate([arm @ np.linalg.matrix_power(quarter_turn, k) for k in range(4)])
+
+
+OUTLINES = {
+    "circle": lambda rng: regular(32),
+    "square": lambda rng: regular(4),
+    "triangle": lambda rng: regular(3),
+    "star": star,
+    "ring": ring,
+    "cross": cross,
+}
+
+
+def random_outline(rng: np.random.Generator, name: str, extent: float) -> np.ndarray:
+    """A stretched and turned outline (n, 2) about the origin, its longer side `extent` pixels."""
+    points = OUTLINES[name](rng) * [rng.uniform(0.8, 1.25), 1.0]
+    turn = 2 * np.pi * rng.random()
+    points = points @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    points -= (points.min(0) + points.max(0)) / 2
+    return points * (extent / np.ptp(points, axis=0).max())
+
+
+def clip_polygon(points: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The part of a polygon (n, 2) within the image: (m, 2) (Sutherland and Hodgman, 1974)."""
+    for axis, sign, bound in ((0, 1, 0), (0, -1, -width), (1, 1, 0), (1, -1, -height)):
+        inside = sign * points[:, axis] - bound  # >= 0 on the image's side of this border
+        kept = []
+        for i in range(len(points)):
+            if (inside[i - 1] < 0) != (inside[i] < 0):
+                t = inside[i - 1] / (inside[i - 1] - inside[i])
+                kept.append(points[i - 1] + t * (points[i] - points[i - 1]))
+            if inside[i] >= 0:
+                kept.append(points[i])
+        points = np.array(kept).reshape(-1, 2)
+    return points
+
+
+def polygon_area(points: np.ndarray) -> float:
+    x, y = points.T
+    return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
+
+
+def rasterize(points: np.ndarray, width: int, height: int, oversample: int = 3) -> np.ndarray:
+    """How much of each pixel the polygon (n, 2) covers: (height, width) in [0, 1]."""
+    canvas = Image.new("L", (oversample * width, oversample * height))
+    # PIL's coordinates name the centres of pixels, the annotations' name their corners.
+    ImageDraw.Draw(canvas).polygon((oversample * points - 0.5).ravel().tolist(), fill=255)
+    return np.asarray(canvas.reduce(oversample), dtype=np.float32) / 255
+
+
+def encode_rle(mask: np.ndarray) -> dict:
+    """A mask (h, w) in COCO's uncompressed RLE: run lengths down the columns, zeros first."""
+    flat = np.concatenate([[False], mask.ravel(order="F")])
+    ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]), mask.size)
+    return {"counts": np.diff(ends, prepend=0).tolist(), "size": list(mask.shape)}
+
+
+def draw_background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """A gradient, texture, stripes, soft blobs and thin lines: (height, width, 3) in [0, 255]."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32) / max(width, height)
+    base, direction = rng.uniform(30, 225, 3), rng.normal(size=2)
+    ramp = direction[0] * x + direction[1] * y
+    grain = rng.normal(0, rng.uniform(2, 12), rng.integers(3, 20, 2)).astype(np.float32)
+    relief = np.asarray(Image.fromarray(grain).resize((width, height), Image.Resampling.BICUBIC))
+    if rng.random() < 0.4:
+        relief = relief + rng.uniform(3, 12) * np.sin(rng.uniform(15, 70) * ramp)
+    image = base + ramp[..., None] * rng.uniform(-40, 40, 3) + relief[..., None]
+    for _ in range(rng.integers(0, 6)):
+        cx, cy, radius = rng.random(), rng.random(), rng.uniform(0.03, 0.2)
+        blob = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / radius**2)
+        image += blob[..., None] * rng.uniform(-30, 30, 3)
+    canvas = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+    for _ in range(rng.integers(0, 8)):
+        path = (rng.random((rng.integers(2, 5), 2)) * [width, height]).ravel().tolist()
+        colour = (base + rng.uniform(-70, 70, 3)).clip(0, 255).astype(int).tolist()
+        ImageDraw.Draw(canvas).line(path, fill=tuple(colour), width=int(rng.integers(1, 3)))
+    return np.asarray(canvas, dtype=np.float32)
+
+
+class Scene:
+    """One image in the making: its pixels, who owns each of them, and the annotations so far."""
+
+    def __init__(self, rng: np.random.Generator, size: int):
+        self.rng = rng
+        self.width, self.height = (round(size * f) for f in rng.uniform(0.75, 1.0, 2))
+        self.image = draw_background(rng, self.width, self.height)
+        self.owner = np.zeros((self.height, self.width), dtype=np.int64)  # 0 is the background
+        self.full_areas = [0.0]  # by owner; parts outside the image count as hidden
+        self.annotations: list[dict] = []
+
+    def random_centre(self, extent: float) -> np.ndarray:
+        """A place (x, y) where the border cuts at most a part of an object of this extent."""
+        sides = np.array([self.width, self.height])
+        margin = np.minimum(0.3 * extent, sides / 2)
+        return self.rng.uniform(margin, sides - margin)
+
+    def claim(self, mask: np.ndarray, full_area: float) -> bool:
+        """Give the pixels of `mask` (h, w) to a new object unless any object is then too hidden."""
+        owner = np.where(mask, len(self.full_areas), self.owner)
+        areas = np.array([*self.full_areas, full_area])
+        if (np.bincount(owner.ravel(), minlength=len(areas)) < MIN_VISIBLE * areas).any():
+            return False
+        self.owner, self.full_areas = owner, areas.tolist()
+        return True
+
+    def paint(self, cover: np.ndarray) -> None:
+        """Paint where `cover` (h, w) says, in a shaded colour that differs from what is there."""
+        candidates = self.rng.uniform(0, 255, (8, 3))
+        beneath = self.image[cover > 0.5].mean(0)
+        colour = candidates[np.argmax(np.linalg.norm(candidates - beneath, axis=1) > 90)]
+        shade = np.linspace(*self.rng.uniform(0.75, 1.2, 2), self.height)[:, None, None]
+        self.image += cover[..., None] * (colour * shade - self.image)
+
+    def annotate(self, category: int, box: list[float], area: float, **fields) -> None:
+        numbers = {"bbox": [round(float(v), 2) for v in box], "area": round(float(area), 2)}
+        self.annotations.append({"category_id": category, **numbers, **fields})
+
+    def add_object(self, extent: float) -> None:
+        """Draw an object of a random class, or none if a dozen places are all too crowded."""
+        category = int(self.rng.choice(list(CATEGORIES)))
+        outline = random_outline(self.rng, CATEGORIES[category], extent)
+        for _ in range(12):
+            points = outline + self.random_centre(extent)
+            points = clip_polygon(points, self.width, self.height).round(2)
+            cover = rasterize(points, self.width, self.height)
+            if self.claim(cover > 0.5, polygon_area(outline)):
+                self.paint(cover)
+                box, polygon = [*points.min(0), *np.ptp(points, axis=0)], points.ravel().tolist()
+                area = polygon_area(points)
+                self.annotate(category, box, area, iscrowd=0, segmentation=[polygon])
+                return
+
+    def add_crowd(self, size: int) -> None:
+        """Draw a cluster of tiny objects of one class, annotated as one region."""
+        category = int(self.rng.choice(list(CATEGORIES)))
+        spread = self.rng.uniform(0.08, 0.15) * size
+        centre = self.random_centre(4 * spread)
+        mask = np.zeros_like(self.owner, dtype=bool)
+        for _ in range(self.rng.integers(15, 31)):
+            extent = max(5.0, self.rng.uniform(0.05, 0.09) * size)
+            outline = random_outline(self.rng, CATEGORIES[category], extent)
+            cover = rasterize(outline + self.rng.normal(centre, spread), self.width, self.height)
+            if (cover > 0.5).any():
+                self.paint(cover)
+                mask |= cover > 0.5
+        self.claim(mask, mask.sum())  # granted, because a crowd comes first
+        (ys, xs), area = np.nonzero(mask), mask.sum()
+        box = [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+        self.annotate(category, box, area, iscrowd=1, segmentation=encode_rle(mask))
+
+
+def draw_scene(seed: int, split: int, index: int, size: int) -> tuple[Image.Image, list[dict]]:
+    """Draw one image, which depends on these arguments only, and list its annotations."""
+    rng = np.random.default_rng([seed, split, index])
+    scene = Scene(rng, size)
+    if rng.random() >= EMPTY_FRACTION:
+        if rng.random() < CROWD_FRACTION:
+            scene.add_crowd(size)
+        ranges = EXTENTS[rng.choice(len(EXTENTS), rng.integers(1, 9), p=EXTENT_WEIGHTS)]
+        extents = np.maximum(8.0, rng.uniform(ranges[:, 0], ranges[:, 1]) * size)
+        # Mostly the large ones first: drawn late, they would hide the others and find no place.
+        for i in np.argsort(-extents * rng.uniform(0.4, 1.0, len(extents))):
+            scene.add_object(extents[i])
+    noise = rng.standard_normal(scene.image.shape, dtype=np.float32) * rng.uniform(1, 7)
+    return Image.fromarray((scene.image + noise).clip(0, 255).astype(np.uint8)), scene.annotations
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this module wrote the file; an empty one may come from an interrupted run."""
+    with path.open("rb") as file:
+        head = file.read(100)
+    return not head or TITLE.encode() in head
+
+
+def write_split(root: Path, split: int, num_images: int, size: int, seed: int) -> None:
+    """Write one split, its annotation file last; do nothing if it is there already."""
+    name = SPLITS[split]
+    folder, annotation_file = root / name, root / "annotations" / f"instances_{name}.json"
+    for directory in (folder, annotation_file.parent):
+        directory.mkdir(parents=True, exist_ok=True)
+    info = {"description": TITLE, "num_images": num_images, "size": size, "seed": seed}
+    header = json.dumps({"info": info})[:-1]  # the annotation file begins with it
+    old = list(folder.glob("*.jpg"))
+    if annotation_file.exists():
+        if len(old) == num_images and annotation_file.read_text().startswith(header):
+            return
+        annotation_file.unlink()  # first, because without it the split counts as unfinished
+    for path in old:
+        path.unlink()
+    images, annotations = [], []
+    for index in range(num_images):
+        picture, found = draw_scene(seed, split, index, size)
+        image_id = split * MAX_IMAGES + index + 1
+        file_name = f"{image_id:012d}.jpg"
+        picture.save(folder / file_name, quality=92, comment=TITLE)
+        shape = {"width": picture.width, "height": picture.height}
+        images.append({"id": image_id, "file_name": file_name, **shape})
+        for k, annotation in enumerate(found):
+            annotations.append({"id": 100 * image_id + k, "image_id": image_id, **annotation})
+    categories = [{"id": i, "name": n, "supercategory": "shape"} for i, n in CATEGORIES.items()]
+    content = {"info": info, "licenses": [], "categories": categories}
+    unfinished = annotation_file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({**content, "images": images, "annotations": annotations}))
+    unfinished.replace(annotation_file)
+
+
+def make_toy_coco(
+    root: str | Path, num_train: int = 2000, num_val: int = 500, size: int = 128, seed: int = 0
+) -> Path:
+    """Write the toy COCO under `root`, which is returned; a complete one is left as it is.
+
+    Each side of an image is from 0.75 to 1 times `size` pixels. An image and its ids depend on
+    `seed`, `size`, its split and its index, not on the counts. Raises UserError for arguments out
+    of range, a directory that cannot be written, and one that holds another data set.
+    """
+    for name, value in (("num_train", num_train), ("num_val", num_val)):
+        if not 0 <= value < MAX_IMAGES:
+            raise UserError(f"{name} is {value}; it must be from 0 to {MAX_IMAGES - 1}")
+    if size < 32:
+        raise UserError(f"size is {size}; it must be at least 32 pixels")
+    if seed < 0:
+        raise UserError(f"seed is {seed}; it must not be negative")
+    root = Path(root)
+    try:
+        files = (*root.glob("annotations/instances_*2017.json"), *root.glob("*2017/*.jpg"))
+        if not all(is_ours(path) for path in files):
+            raise UserError(f"{root} holds another data set; choose another directory")
+        for split, num_images in enumerate((num_train, num_val)):
+            write_split(root, split, num_images, size, seed)
+    except OSError as error:
+        raise UserError(f"cannot write the toy data set to {root}: {error}") from error
+    return root
+
+
+def main() -> None:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("datasets.toy", description=__doc__, formatter_class=formatter)
+    parser.add_argument("--root", default="outputs/toy_coco", help="directory to write to")
+    parser.add_argument("--num_train", type=int, default=2000, help="images in train2017")
+    parser.add_argument("--num_val", type=int, default=500, help="images in val2017")
+    parser.add_argument("--size", type=int, default=128, help="longest side of an image, pixels")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other images")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    try:
+        root = make_toy_coco(**vars(args))
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"{root}: ready in {time.perf_counter() - start:.1f} s")
+    for name in SPLITS:
+        content = json.loads((root / "annotations" / f"instances_{name}.json").read_text())
+        print(f"{name}: {len(content['images'])} images, {len(content['annotations'])} boxes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Multi-head attention through `scaled_dot_product_attention`, and the MLP that goes with it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; `hidden_dim` wide inside."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
+        super().__init__()
+        dims = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
+        self.layers = nn.ModuleList(map(nn.Linear, dims[:-1], dims[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class Attention(nn.Module):
+    """Attention over queries, keys and values that are projected already; projects the output."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"hidden_dim {dim} is not a multiple of nheads {num_heads}")
+        self.num_heads, self.dropout = num_heads, dropout
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, N, heads * d) -> (B, heads, N, d)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
+        """query (B, Q, E), key (B, K, E), value (B, K, D) -> (B, Q, D).
+
+        `allowed`: bool, broadcasts to (B, heads, Q, K); True where a query may see a key.
+        """
+        out = F.scaled_dot_product_attention(
+            self.split_heads(query),
+            self.split_heads(key),
+            self.split_heads(value),
+            attn_mask=allowed,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class MultiheadAttention(Attention):
+    """Attention with its input projections; parameters are named as in `nn.MultiheadAttention`."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
+        super().__init__(dim, num_heads, dropout)
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
+        """As `Attention.forward`, all inputs (B, N, D). Pass the same tensor as query and key and
+        both are projected at once."""
+        dim = value.shape[-1]
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if query is key:
+            query, key = F.linear(query, weight[: 2 * dim], bias[: 2 * dim]).chunk(2, dim=-1)
+        else:
+            query = F.linear(query, weight[:dim], bias[:dim])
+            key = F.linear(key, weight[dim : 2 * dim], bias[dim : 2 * dim])
+        value = F.linear(value, weight[2 * dim :], bias[2 * dim :])
+        return super().forward(query, key, value, allowed)
+
+
+def activation(name: str) -> nn.Module:
+    """The feed-forward activation by its released name."""
+    return {"relu": nn.ReLU, "gelu": nn.GELU, "prelu": nn.PReLU}[name]()

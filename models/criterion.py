@@ -1,0 +1,86 @@
+"""The losses of every decoder layer, and of the denoising part where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+
+from util.box_ops import box_losses
+
+from .dn_components import by_layer, compute_dn_loss
+from .matcher import HungarianMatcher
+
+
+class SetCriterion(nn.Module):
+    """Focal, L1 and GIoU loss after Hungarian matching, for all decoder layers at once.
+
+    `weight_dict` names the losses that are trained, with their weights: `loss_ce`, `loss_bbox`,
+    `loss_giou` for the last layer, `_0`, `_1`, ... for those before it, `_dn` for denoising.
+    """
+
+    def __init__(
+        self, matcher: HungarianMatcher, weight_dict: dict[str, float], focal_alpha: float
+    ):
+        super().__init__()
+        self.matcher, self.weight_dict, self.focal_alpha = matcher, weight_dict, focal_alpha
+
+    def forward(
+        self,
+        outputs: dict,
+        targets: Sequence[dict[str, Tensor]],
+        num_boxes: Tensor | float | None = None,
+    ) -> dict[str, Tensor]:
+        """What the detector returned and its targets -> {loss name: scalar}, not yet weighted.
+
+        `num_boxes` is what the matching losses are divided by; by default the number of target
+        boxes, at least 1. Processes that train together pass its mean over all of them.
+        Beside the losses there are `class_error`, the matched queries whose best class is wrong
+        (%), and `cardinality_error`, how far the number of confident queries is from the
+        number of objects; both of the last layer, and for reading only.
+        """
+        layers = [*outputs["aux_outputs"], outputs]
+        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
+        boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()
+        losses = self.matching_losses(logits, boxes, targets, num_boxes)
+        return losses | compute_dn_loss(outputs.get("dn"), self.focal_alpha)
+
+    def matching_losses(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        targets: Sequence[dict[str, Tensor]],
+        num_boxes: Tensor | float | None,
+    ) -> dict[str, Tensor]:
+        query = self.matcher(logits, boxes, targets)  # (L, N)
+        counts = [len(t["labels"]) for t in targets]
+        labels = torch.cat([t["labels"] for t in targets])
+        target_boxes = torch.cat([t["boxes"] for t in targets]).float()
+        if num_boxes is None:
+            num_boxes = max(len(labels), 1)
+
+        image = torch.arange(len(targets)).repeat_interleave(torch.tensor(counts)).to(query.device)
+        layer = torch.arange(len(logits), device=query.device)[:, None]
+        matched = (query >= 0).float()
+        query = query.clamp(min=0)
+        onehot = torch.zeros_like(logits)
+        onehot.index_put_((layer, image, query, labels), matched, accumulate=True)
+        loss_ce = sigmoid_focal_loss(logits, onehot, self.focal_alpha)
+        loss_bbox, loss_giou = box_losses(boxes[layer, image, query], target_boxes)
+        losses = by_layer(
+            {
+                "loss_ce": loss_ce.sum((1, 2, 3)) / num_boxes,
+                "loss_bbox": (loss_bbox * matched).sum(1) / num_boxes,
+                "loss_giou": (loss_giou * matched).sum(1) / num_boxes,
+            }
+        )
+        with torch.no_grad():
+            hit = logits[-1, image, query[-1]].argmax(-1) == labels
+            losses["class_error"] = 100 - 100 * hit.float().sum() / max(len(labels), 1)
+            confident = (logits[-1].sigmoid().amax(-1) > 0.5).sum(1).float()
+            losses["cardinality_error"] = (
+                (confident - torch.tensor(counts).to(confident)).abs().mean()
+            )
+        return losses

@@ -1,0 +1,100 @@
+"""DAB-DETR (Liu et al. 2022) and DN-DETR (Li et al. 2022) on one feature level, dense attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+
+from .attention import MLP
+from .backbone import Backbone
+from .dn_components import dn_post_process, prepare_for_dn, with_indicator
+from .position_encoding import SinePositionEncoding
+from .transformer import Transformer
+
+
+class DABDETR(nn.Module):
+    """Anchors as queries, refined layer by layer; with `label_enc` the queries are DN-DETR's.
+
+    Attributes keep the released names, so that released checkpoints load as they are.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        position_encoding: SinePositionEncoding,
+        transformer: Transformer,
+        hidden_dim: int,
+        num_classes: int,
+        num_queries: int,
+        num_patterns: int,
+        has_denoising: bool,
+        dn: dict | None,
+    ):
+        """`has_denoising`: content comes from label embeddings, as in DN-DETR. `dn`: the noise, as
+        `prepare_for_dn` takes it, or None to train without denoising."""
+        super().__init__()
+        self.transformer = transformer
+        self.class_embed = nn.Linear(hidden_dim, num_classes)
+        nn.init.constant_(self.class_embed.bias, -math.log(99))
+        self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
+        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
+        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+        transformer.decoder.bbox_embed = self.bbox_embed
+        self.refpoint_embed = nn.Embedding(num_queries, 4)
+        self.input_proj = nn.Conv2d(backbone.num_channels[-1], hidden_dim, kernel_size=1)
+        self.backbone = nn.ModuleList([backbone, position_encoding])
+        self.label_enc = nn.Embedding(num_classes + 1, hidden_dim - 1) if has_denoising else None
+        self.hidden_dim, self.num_patterns, self.dn = hidden_dim, num_patterns, dn
+
+    def queries(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Content (B, Q, D) and anchors (B, Q, 4) before the sigmoid; with P patterns the anchors
+        stand P times in a row, each time with another content."""
+        anchors = self.refpoint_embed.weight.repeat(max(self.num_patterns, 1), 1)
+        if self.label_enc is None:
+            content = anchors.new_zeros(len(anchors), self.hidden_dim)
+        else:
+            content = with_indicator(self.label_enc.weight[-1:], self.hidden_dim, 0.0)
+            content = content.expand(len(anchors), -1)
+        if self.num_patterns:
+            patterns = self.transformer.patterns.weight
+            content = content + patterns.repeat_interleave(len(self.refpoint_embed.weight), dim=0)
+        return content.expand(batch_size, -1, -1), anchors.expand(batch_size, -1, -1)
+
+    def forward(
+        self,
+        images: NestedTensor | Sequence[Tensor],
+        targets: Sequence[dict[str, Tensor]] | None = None,
+    ) -> dict:
+        """Images, normalised, as a batch (B, 3, H, W) with its mask or as a list of (3, H, W).
+
+        Returns "pred_logits" (B, Q, C), "pred_boxes" (B, Q, 4) cxcywh in [0, 1] of the image
+        without padding, and "aux_outputs", the same of every layer but the last. With targets, in
+        training, also "dn", the denoising part.
+        """
+        if not isinstance(images, NestedTensor):
+            images = nested_tensor_from_tensor_list(images)
+        features = self.backbone[0](images)[-1]
+        pos = self.backbone[1](features.mask).flatten(1, 2)
+        pixels = self.input_proj(features.tensors).flatten(2).transpose(1, 2)
+        pos = pos.to(pixels.dtype)
+        pixel_allowed = ~features.mask.flatten(1)[:, None, None, :]
+        memory = self.transformer.encoder(pixels, pos, pixel_allowed)
+
+        content, anchors = self.queries(len(memory))
+        blocked = dn = None
+        if self.training and self.dn is not None and targets is not None:
+            content, anchors, blocked, dn = prepare_for_dn(
+                targets, self.label_enc, anchors, content, **self.dn
+            )
+        query_allowed = None if blocked is None else ~blocked
+        states, boxes = self.transformer.decoder(
+            content, anchors, memory, pos, query_allowed, pixel_allowed
+        )
+        logits, boxes = dn_post_process(self.class_embed(states), boxes, dn)
+        layers = [{"pred_logits": x, "pred_boxes": b} for x, b in zip(logits, boxes, strict=True)]
+        outputs = {**layers[-1], "aux_outputs": layers[:-1]}
+        return outputs if dn is None else {**outputs, "dn": dn}

@@ -1,0 +1,419 @@
+"""Every option of the project: its name, type, default, meaning and limits, in one place.
+
+An option is given as a flag (`--lr 1e-4`), as an assignment in a config file (`-c FILE`), or behind
+`--options` (`lr=1e-4`); `--help`, parsing and validation all read the fields below. Names are those
+of the released code. Later wins: defaults, config file, `--options`, flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import runpy
+import types
+import typing
+from ast import literal_eval
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+# What `-m NAME` alone means: the config of that model's published settings.
+MODELS = {
+    "dab_detr": "dab_detr_r50",
+    "dn_dab_detr": "dn_dab_detr_r50",
+}
+
+# Released spellings of today's options.
+ALIASES = {
+    "scalar": "dn_number",
+    "dn_scalar": "dn_number",
+    "label_noise_scale": "dn_label_noise_ratio",
+    "box_noise_scale": "dn_box_noise_scale",
+}
+
+# Released flags with nothing left to choose. They are accepted and do nothing.
+RETIRED = {
+    "find_unused_params": "every parameter takes part in every step",
+    "save_log": "log.txt is always written",
+    "dataset_file": "COCO format is the only one",
+    "position_embedding": "the sine encoding is the only one",
+}
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+):
+    """A field of the config; a number is at least `low` and at most `high`."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelOptions:
+    """model"""
+
+    modelname: str = option("dn_dab_detr", "which model", choices=list(MODELS))
+    backbone: str = option(
+        "resnet50", "resnet18, 34, 50 or 101 of torchvision, or timm/NAME for any timm model"
+    )
+    dilation: bool = option(False, "DC5: the last backbone stage keeps stride 16")
+    batch_norm_type: str = option(
+        "FrozenBatchNorm2d",
+        "the backbone's normalisation; frozen statistics only suit pretrained weights",
+        choices=["FrozenBatchNorm2d", "BatchNorm2d", "SyncBatchNorm"],
+    )
+    return_interm_indices: list[int] = option(
+        [3], "backbone stages that are used, 0 (stride 4) to 3 (stride 32)", low=0, high=3
+    )
+    pretrained_backbone: bool = option(True, "begin with ImageNet weights, and freeze the stem")
+    backbone_weights: str = option("", "local file of those weights, in place of the download")
+    hidden_dim: int = option(256, "width of the transformer, D", low=8)
+    nheads: int = option(8, "attention heads", low=1)
+    enc_layers: int = option(6, "encoder layers", low=0)
+    dec_layers: int = option(6, "decoder layers", low=1)
+    dim_feedforward: int = option(2048, "width of the feed-forward blocks", low=1)
+    dropout: float = option(0.0, "dropout in the transformer", low=0, high=0.99)
+    transformer_activation: str = option(
+        "prelu", "activation of the feed-forward blocks", choices=["prelu", "relu", "gelu"]
+    )
+    num_queries: int = option(300, "queries, Q: the most objects found in an image", low=1)
+    num_patterns: int = option(0, "content embeddings that every anchor is repeated for", low=0)
+    pe_temperatureH: float = option(20, "position encoding's temperature for y", low=1e-6)
+    pe_temperatureW: float = option(20, "position encoding's temperature for x", low=1e-6)
+    num_classes: int | None = option(
+        None, "labels, C; by default what the checkpoint or the data say, 91 for COCO", low=1
+    )
+    num_select: int = option(300, "detections kept of an image", low=1)
+
+
+@dataclass
+class DenoisingOptions:
+    """denoising (DN-DETR)"""
+
+    use_dn: bool = option(False, "train with denoising queries")
+    dn_number: int = option(5, "denoising groups; released as --scalar", low=0)
+    dn_label_noise_ratio: float = option(
+        0.2,
+        "part of the labels that are drawn anew; released as --label_noise_scale",
+        low=0,
+        high=1,
+    )
+    dn_box_noise_scale: float = option(
+        0.4, "box noise, 1 reaching the box's own edge; released as --box_noise_scale", low=0
+    )
+
+
+@dataclass
+class LossOptions:
+    """matching and losses"""
+
+    set_cost_class: float = option(2.0, "matching cost of the class", low=0)
+    set_cost_bbox: float = option(5.0, "matching cost of the L1 distance", low=0)
+    set_cost_giou: float = option(2.0, "matching cost of the GIoU", low=0)
+    cls_loss_coef: float = option(1.0, "weight of the focal loss", low=0)
+    bbox_loss_coef: float = option(5.0, "weight of the L1 loss", low=0)
+    giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0)
+    focal_alpha: float = option(0.25, "alpha of the focal loss", low=0, high=1)
+    aux_loss: bool = option(True, "losses on every decoder layer, not on the last alone")
+
+
+@dataclass
+class DataOptions:
+    """data"""
+
+    coco_path: str = option("", "directory in COCO 2017's layout: train2017, val2017, annotations")
+    num_workers: int = option(2, "data-loading processes", low=0)
+    strict_data: bool = option(False, "stop at an unreadable training image; default: skip, count")
+    fix_size: bool = option(False, "no random sizes in training: as in evaluation, and flips")
+    data_aug_scales: list[int] = option(
+        [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
+        "shortest sides drawn in training; evaluation takes the largest",
+        low=8,
+    )
+    data_aug_max_size: int = option(1333, "longest side allowed", low=8)
+    data_aug_scales2_resize: list[int] = option(
+        [400, 500, 600], "shortest sides drawn before the random crop", low=8
+    )
+    data_aug_scales2_crop: list[int] = option(
+        [384, 600], "smallest and largest crop; [] for no crops", low=8
+    )
+
+
+@dataclass
+class TrainingOptions:
+    """training"""
+
+    epochs: int = option(50, "epochs", low=1)
+    batch_size: int = option(2, "images a process and step", low=1)
+    lr: float = option(1e-4, "learning rate", low=0)
+    lr_backbone: float = option(1e-5, "learning rate of the backbone; 0 freezes it", low=0)
+    lr_linear_proj_mult: float = option(
+        0.1, "ddetr_in_mmdet: factor on reference_points and sampling_offsets", low=0
+    )
+    param_dict_type: str = option(
+        "default",
+        "parameter groups: default; ddetr_in_mmdet, slower sampling offsets; large_wd, no weight "
+        "decay on norms and biases",
+        choices=["default", "ddetr_in_mmdet", "large_wd"],
+    )
+    weight_decay: float = option(1e-4, "AdamW's weight decay", low=0)
+    lr_drop: int = option(40, "divide the rate by 10 every so many epochs", low=1)
+    multi_step_lr: bool = option(False, "divide the rate by 10 at the epochs of --lr_drop_list")
+    lr_drop_list: list[int] = option([33, 45], "epochs for --multi_step_lr", low=1)
+    onecyclelr: bool = option(False, "rise to the rate over a fifth of the run, then fall to 0")
+    clip_max_norm: float = option(0.1, "largest gradient norm; 0 does not clip", low=0)
+    amp: bool = option(False, "mixed precision")
+    amp_dtype: str = option("bf16", "mixed precision in", choices=["bf16", "fp16"])
+    use_ema: bool = option(False, "keep, evaluate and save an average of the weights as well")
+    ema_decay: float = option(0.9997, "decay of that average", low=0, high=1)
+    ema_epoch: int = option(0, "epoch from which the average is kept", low=0)
+
+
+@dataclass
+class RunOptions:
+    """run"""
+
+    output_dir: str = option("", "directory of checkpoints, log.txt and TensorBoard files")
+    device: str = option("", "cpu, cuda, cuda:1, ...; by default a GPU where there is one")
+    seed: int = option(42, "seed of weights, noise, order and augmentation", low=0)
+    resume: str = option("", "checkpoint to go on from or evaluate; auto: the newest in output_dir")
+    pretrain_model_path: str = option("", "checkpoint whose weights, where they fit, begin the run")
+    finetune_ignore: list[str] = option([], "parts of names left out of --pretrain_model_path")
+    start_epoch: int = option(0, "count epochs from here; a resumed run knows by itself", low=0)
+    save_checkpoint_interval: int = option(10, "keep a checkpoint every so many epochs", low=1)
+    eval: bool = option(False, "evaluate on val2017 and stop")
+    test: bool = option(False, "write detections on test2017 for the evaluation server and stop")
+    eval_per_class: bool = option(False, "print AP by class as well")
+    save_results: bool = option(False, "write the detections of every evaluation to results.json")
+    debug: bool = option(False, "a few steps an epoch, to see whether everything works")
+
+
+@dataclass
+class Config(RunOptions, TrainingOptions, DataOptions, LossOptions, DenoisingOptions, ModelOptions):
+    """All options of a run, checked. Made by `load_config` or `parse_command_line`."""
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            check_limits(f, getattr(self, f.name))
+        if self.hidden_dim % self.nheads or self.hidden_dim % 4:
+            raise UserError(
+                f"hidden_dim: {self.hidden_dim} is not a multiple of 4 and of nheads, {self.nheads}"
+            )
+        if self.use_dn and not self.modelname.startswith("dn_"):
+            raise UserError(f"use_dn: {self.modelname} has no denoising part; use -m dn_dab_detr")
+        if len(self.data_aug_scales) == 0 or len(self.return_interm_indices) == 0:
+            raise UserError("data_aug_scales and return_interm_indices need at least one number")
+        if self.onecyclelr and self.multi_step_lr:
+            raise UserError("onecyclelr and multi_step_lr exclude each other")
+
+
+GROUPS = (
+    ModelOptions,
+    DenoisingOptions,
+    LossOptions,
+    DataOptions,
+    TrainingOptions,
+    RunOptions,
+)
+TYPES = typing.get_type_hints(Config)
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def check_limits(f: dataclasses.Field, value: Any) -> None:
+    choices, low, high = f.metadata["choices"], f.metadata["low"], f.metadata["high"]
+    for v in value if isinstance(value, list) else [value]:
+        if choices and v not in choices:
+            raise UserError(
+                f"{f.name}: {v!r} is not one of {', '.join(choices)}{nearest(v, choices)}"
+            )
+        if v is not None and low is not None and not v >= low:
+            raise UserError(f"{f.name}: {v} is less than {low}")
+        if v is not None and high is not None and not v <= high:
+            raise UserError(f"{f.name}: {v} is more than {high}")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """', did you mean ...?' for a misspelt name, or nothing."""
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def parse_value(name: str, value: Any) -> Any:
+    """Turn what a shell, a config file or a caller gave for option `name` into the option's type.
+
+    Booleans may be written true, TRUE, 1, ...; lists as [1,2], 1,2 or several words; `none` stands
+    for None where that is allowed. Raises UserError for anything else.
+    """
+    kind = TYPES[name]
+    if isinstance(kind, types.UnionType):
+        if value is None or str(value).lower() in ("none", "null"):
+            return None
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is list:
+        items = value
+        if isinstance(value, str):
+            items = [value]
+        if len(items) == 1 and isinstance(items[0], str):
+            items = [x.strip(" '\"") for x in items[0].strip("[]() ").split(",") if x.strip()]
+        return [convert(name, typing.get_args(kind)[0], item) for item in items]
+    return convert(name, kind, value)
+
+
+def convert(name: str, kind: type, value: Any) -> Any:
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+    error = UserError(f"{name}: {value!r} is not {wanted}")
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if str(value).lower() not in words:
+            raise error
+        return words[str(value).lower()]
+    if kind is str:
+        if not isinstance(value, str):
+            raise error
+        return value
+    try:
+        number = literal_eval(value.strip()) if isinstance(value, str) else value
+        if isinstance(number, bool) or kind(number) != number:
+            raise error
+    except (ValueError, SyntaxError, TypeError, OverflowError):
+        raise error from None
+    return kind(number)
+
+
+def known_name(name: str, where: str) -> str | None:
+    """Today's name of an option, None for a retired one, UserError with the nearest name else."""
+    if name in FIELDS:
+        return name
+    if name in ALIASES:
+        return ALIASES[name]
+    if name in RETIRED:
+        return None
+    raise UserError(f"{where}: unknown option {name}{nearest(name, [*FIELDS, *ALIASES])}")
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The assignments of a config file, over those of the file that its `_base_` names."""
+    path = Path(path)
+    if not path.exists() and not path.is_absolute() and (CONFIG_DIR.parent / path).exists():
+        path = CONFIG_DIR.parent / path
+    try:
+        assigned = runpy.run_path(str(path))
+    except FileNotFoundError:
+        known = [str(p.relative_to(CONFIG_DIR.parent)) for p in CONFIG_DIR.rglob("*.py")]
+        raise UserError(f"{path}: no such config file{nearest(str(path), known)}") from None
+    except Exception as e:
+        raise UserError(f"{path}: not a config file: {type(e).__name__}: {e}") from e
+    values = {}
+    if "_base_" in assigned:
+        values = read_config_file(path.parent / assigned["_base_"])
+    for name, value in assigned.items():
+        if not name.startswith("_") and (known := known_name(name, str(path))):
+            values[known] = parse_value(known, value)
+    return values
+
+
+def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """Read a config file, put `overrides` on top and check everything.
+
+    Raises UserError for an unknown name, naming the nearest known one, and for a value of the
+    wrong type or outside its limits.
+    """
+    values = read_config_file(path) if path else {}
+    for name, value in (overrides or {}).items():
+        if known := known_name(name, "overrides"):
+            values[known] = parse_value(known, value)
+    return Config(**values)
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of all options; a mistake is a UserError, an unknown flag names the nearest."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` -c, --options and a flag for every option of the config."""
+    parser.add_argument("-c", "--config_file", metavar="FILE", help="config file, see configs/")
+    parser.add_argument(
+        "--options", nargs="+", default=[], metavar="K=V", help="config values, e.g. lr=2e-4"
+    )
+    spellings: dict[str, list[str]] = {"modelname": ["-m"]}
+    for old, new in ALIASES.items():
+        spellings.setdefault(new, []).append(f"--{old}")
+    for group in GROUPS:
+        section = parser.add_argument_group(group.__doc__)
+        for name in group.__annotations__:
+            f, kind = FIELDS[name], TYPES[name]
+            default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+            text = f.metadata["help"].replace("%", "%%")
+            if f.metadata["choices"]:
+                text += f" [{', '.join(f.metadata['choices'])}]"
+            if kind is not bool and default not in ("", None):
+                text += f" (default: {default})"
+            flags = [*spellings.get(name, []), f"--{name}"]
+            extra: dict[str, Any] = {"metavar": "N" if kind in (int, float) else "X"}
+            if kind is bool:
+                extra = {"nargs": "?", "const": True, "metavar": "BOOL"}
+            elif typing.get_origin(kind) is list:
+                extra["nargs"] = "*"
+            if kind is bool and default:
+                section.add_argument(f"--no_{name}", dest=name, action="store_false", help=text)
+                section.add_argument(*flags, dest=name, help=argparse.SUPPRESS, **extra)
+            else:
+                section.add_argument(*flags, dest=name, help=text, **extra)
+    parser.set_defaults(**dict.fromkeys(FIELDS))
+    for name in RETIRED:
+        parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
+
+
+def parse_command_line(argv: Sequence[str] | None = None, prog: str = "main.py") -> Config:
+    """The config a command line asks for; `--help` prints and exits, mistakes are UserErrors."""
+    parser = Parser(
+        prog=prog,
+        description="Train and evaluate DAB-DETR and DN-DETR on data in COCO format.",
+        epilog="-m NAME alone means that model's published settings: "
+        + ", ".join(f"{m} = configs/{c}.py" for m, c in MODELS.items()),
+        allow_abbrev=False,
+    )
+    add_options(parser)
+    args, unknown = parser.parse_known_args(argv)
+    return config_from_args(args, unknown)
+
+
+def config_from_args(args: argparse.Namespace, unknown: Sequence[str]) -> Config:
+    for word in unknown:
+        if word.startswith("-"):
+            known_name(word.lstrip("-").split("=")[0], "command line")
+        raise UserError(f"command line: {word!r} belongs to no option")
+    flags = {k: v for k, v in vars(args).items() if k in FIELDS and v is not None}
+    path = args.config_file
+    if path is None and "modelname" in flags:
+        name = flags["modelname"]
+        if name not in MODELS:
+            raise UserError(
+                f"-m: there is no model {name}{nearest(name, list(MODELS))} "
+                f"Known: {', '.join(MODELS)}"
+            )
+        path = CONFIG_DIR / f"{MODELS[name]}.py"
+    overrides = {}
+    for pair in args.options:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--options: {pair!r} is not of the form name=value")
+        if known := known_name(name, "--options"):
+            overrides[known] = value
+    return load_config(path, overrides | flags)

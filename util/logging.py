@@ -1,0 +1,118 @@
+"""What a run says and leaves to read: progress, averages, log.txt and TensorBoard files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+def setup_logging() -> None:
+    """Messages go to stdout, above the progress bar where there is one."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+
+    handler = Handler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+class Averages:
+    """Means over an epoch, each value weighted by the number of images it speaks for."""
+
+    def __init__(self):
+        self.sums: dict[str, float] = defaultdict(float)
+        self.weights: dict[str, float] = defaultdict(float)
+
+    def update(self, values: dict[str, float], weight: float = 1.0) -> None:
+        for name, value in values.items():
+            self.sums[name] += weight * value
+            self.weights[name] += weight
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.weights[name] for name, total in self.sums.items()}
+
+
+class Progress:
+    """Goes through a loader: a bar on a terminal, elsewhere a line every `interval` seconds.
+
+    `note`, set by whoever loops, is shown with images a second, time left and peak memory.
+    """
+
+    def __init__(self, loader: Iterable, title: str, total: int, interval: float = 20.0):
+        self.loader, self.title, self.total, self.interval = loader, title, total, interval
+        self.note = ""
+        self.images = 0
+        self.start = time.perf_counter()
+
+    def __iter__(self) -> Iterator:
+        bar = None
+        if sys.stderr.isatty():
+            bar = tqdm(total=self.total, desc=self.title, leave=False, dynamic_ncols=True)
+        shown = self.start
+        for done, batch in enumerate(self.loader, 1):
+            yield batch
+            self.images += len(batch[1])
+            if bar:
+                bar.set_postfix_str(f"{self.note}  {self.images_per_second:.1f} images/s")
+                bar.update()
+            elif time.perf_counter() - shown > self.interval or done == self.total:
+                shown = time.perf_counter()
+                left = timedelta(seconds=int((shown - self.start) / done * (self.total - done)))
+                logger.info(
+                    "%s  %d/%d  %s  %.1f images/s  left %s  memory %.0f MB",
+                    *(self.title, done, self.total, self.note, self.images_per_second),
+                    *(left, peak_memory_mb()),
+                )
+            if done == self.total:
+                break
+        if bar:
+            bar.close()
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / (time.perf_counter() - self.start)
+
+
+def peak_memory_mb() -> float:
+    """Most memory held so far: the GPU's, where there is one, else this process's, in MB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class RunLog:
+    """log.txt, one JSON line an epoch under the released keys, and the same for TensorBoard."""
+
+    def __init__(self, output_dir: str | Path):
+        self.path = Path(output_dir) / "log.txt"
+        self.writer = SummaryWriter(str(output_dir))
+
+    def write(self, stats: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(stats) + "\n")
+        for name, value in stats.items():
+            if isinstance(value, list) and value:  # COCO's figures, AP and AP50 first
+                self.writer.add_scalar(f"{name}/AP", value[0], stats["epoch"])
+                self.writer.add_scalar(f"{name}/AP50", value[1], stats["epoch"])
+            elif isinstance(value, int | float):
+                self.writer.add_scalar(name, value, stats["epoch"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
