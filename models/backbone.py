@@ -5,6 +5,7 @@ from __future__ import annotations
 import timm
 import torch.nn.functional as F
 import torchvision
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
@@ -16,8 +17,12 @@ NORMS = {
     "BatchNorm2d": nn.BatchNorm2d,
     "SyncBatchNorm": nn.SyncBatchNorm,
 }
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 TIMM = "timm/"
+TIMM_NORMS = {  # a timm model brings its own normalisation; only BatchNorm is exchanged
+    "FrozenBatchNorm2d": freeze_batch_norm_2d,
+    "BatchNorm2d": nn.Identity(),
+    "SyncBatchNorm": convert_sync_batchnorm,
+}
 
 
 class Backbone(nn.Module):
@@ -40,20 +45,17 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         if name.startswith(TIMM):
-            kwargs = {"output_stride": 16} if dilation else {}
-            self.body = timm.create_model(
+            body = timm.create_model(
                 name.removeprefix(TIMM),
                 pretrained=False,
                 features_only=True,
                 out_indices=[level - 5 for level in levels],
-                norm_layer=NORMS[norm],
-                **kwargs,
+                **({"output_stride": 16} if dilation else {}),
             )
-            self.num_channels = self.body.feature_info.channels()
+            self.num_channels = body.feature_info.channels()
+            self.body = TIMM_NORMS[norm](body)
         else:
             shallow = name in ("resnet18", "resnet34")
-            if dilation and shallow:
-                raise ValueError(f"{name} has no dilated last stage (DC5): use resnet50 or larger")
             resnet = torchvision.models.get_model(
                 name,
                 weights=None,

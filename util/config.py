@@ -29,6 +29,8 @@ MODELS = {
     "dn_dab_detr": "dn_dab_detr_r50",
 }
 
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+
 # Released spellings of today's options.
 ALIASES = {
     "scalar": "dn_number",
@@ -212,6 +214,7 @@ class Config(RunOptions, TrainingOptions, DataOptions, LossOptions, DenoisingOpt
             raise UserError(
                 f"hidden_dim: {self.hidden_dim} is not a multiple of 4 and of nheads, {self.nheads}"
             )
+        check_backbone(self.backbone, self.dilation)
         if self.use_dn and not self.modelname.startswith("dn_"):
             raise UserError(f"use_dn: {self.modelname} has no denoising part; use -m dn_dab_detr")
         if len(self.data_aug_scales) == 0 or len(self.return_interm_indices) == 0:
@@ -230,6 +233,19 @@ GROUPS = (
 )
 TYPES = typing.get_type_hints(Config)
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def check_backbone(name: str, dilation: bool) -> None:
+    if name.startswith("timm/"):
+        import timm  # slow to import, and few need it
+
+        if not timm.is_model(name.removeprefix("timm/")):
+            known = [f"timm/{m}" for m in timm.list_models()]
+            raise UserError(f"backbone: timm has no model {name}{nearest(name, known)}")
+    elif name not in RESNETS:
+        raise UserError(f"backbone: unknown {name}{nearest(name, RESNETS)} Or use timm/NAME")
+    elif dilation and name in ("resnet18", "resnet34"):
+        raise UserError(f"dilation: {name} has no dilated last stage (DC5), resnet50 has")
 
 
 def check_limits(f: dataclasses.Field, value: Any) -> None:

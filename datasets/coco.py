@@ -1,0 +1,404 @@
+"""Reading data sets in COCO's instances format.
+
+What is wrong with a data set is said when it is loaded, in one line that names the file, rather
+than hours later from inside the training loop.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+from torchvision import tv_tensors
+
+from datasets.transforms import eval_transforms, train_transforms
+from util.errors import UserError
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+
+logger = logging.getLogger(__name__)
+
+COCO_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+COCO_NUM_CLASSES = 91  # in the published models a label is the category id; unused ids stay empty
+MAX_UNREADABLE = 20  # images in a row that training may find unreadable before it gives up
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """Between a model's labels 0 .. num_classes - 1 and the categories of a data set.
+
+    ids: {label: category id}; names: {label: category name}. Labels without category are absent.
+    """
+
+    num_classes: int
+    ids: dict[int, int]
+    names: dict[int, str]
+
+    @property
+    def label_of(self) -> dict[int, int]:
+        """{category id: label}."""
+        return {category_id: label for label, category_id in self.ids.items()}
+
+    @classmethod
+    def from_categories(cls, categories: list[dict], num_classes: int | None = None) -> ClassMap:
+        """COCO's 80 ids, and any below 91 if 91 classes are asked for, are taken as labels, so that
+        released checkpoints fit; other ids are numbered in ascending order. `num_classes` may
+        exceed the number of categories; if it is smaller: UserError.
+        """
+        ids = [c["id"] for c in categories]
+        is_coco = set(ids) == COCO_IDS and (num_classes or COCO_NUM_CLASSES) >= COCO_NUM_CLASSES
+        if is_coco or (num_classes == COCO_NUM_CLASSES and all(0 <= i < num_classes for i in ids)):
+            return cls.identity(categories, num_classes or COCO_NUM_CLASSES)
+        if num_classes is not None and num_classes < len(ids):
+            raise UserError(
+                f"num_classes is {num_classes}, but there are {len(ids)} categories:"
+                f" set num_classes to {len(ids)} or more, or leave it out"
+            )
+        ordered = enumerate(sorted(categories, key=lambda c: c["id"]))
+        return cls._from_pairs(num_classes or len(ids), ordered)
+
+    @classmethod
+    def identity(cls, categories: list[dict], num_classes: int) -> ClassMap:
+        """Label = category id, as in released checkpoints, which carry no map. Ids that are no
+        label of the model are left out."""
+        return cls._from_pairs(
+            num_classes, ((c["id"], c) for c in categories if 0 <= c["id"] < num_classes)
+        )
+
+    @classmethod
+    def _from_pairs(cls, num_classes: int, pairs: Any) -> ClassMap:
+        pairs = sorted(pairs, key=lambda pair: pair[0])
+        ids = {label: c["id"] for label, c in pairs}
+        return cls(num_classes, ids, {label: str(c.get("name", c["id"])) for label, c in pairs})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists, for checkpoints and JSON."""
+        rows = [[label, category_id, self.names[label]] for label, category_id in self.ids.items()]
+        return {"num_classes": self.num_classes, "categories": rows}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> ClassMap:
+        categories = ((label, {"id": i, "name": name}) for label, i, name in state["categories"])
+        return cls._from_pairs(state["num_classes"], categories)
+
+
+def read_image(path: str | Path, size: tuple[float, float] | None = None) -> Tensor:
+    """An image file of any mode as (3, H, W) uint8 RGB, turned as its EXIF orientation says.
+
+    size: (height, width) that the annotations count in. If these are the sides of the picture as
+    stored and not as turned, the boxes were drawn without heeding EXIF, and it is left unturned.
+    Transparency is ignored. UserError if the file cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            stored = (image.height, image.width)
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            if not turned or size != stored or stored[0] == stored[1]:
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
+                grey = np.asarray(image, dtype=np.float64) / 257
+                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+            elif image.mode == "P":  # PIL would warn if there is transparency
+                image = image.convert("RGBA")
+            pixels = np.array(image.convert("RGB"))
+    except Exception as error:  # a decoder may raise anything on a broken file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({reason})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # channels last in memory: fast to resize
+
+
+class CocoDetection(torch.utils.data.Dataset):
+    """A data set of images and targets.
+
+    `dataset[i]` is (image, target): image (3, H, W) float32, normalised; target {"labels": (n,)
+    int64, "boxes": (n, 4) float32 cxcywh in [0, 1] of the transformed image, "image_id": (), and
+    "orig_size" and "size": (2,) int64 (h, w) before and after the transforms}. Crowds, boxes that
+    are not finite, have no area or lie outside the image are no targets; images without any stay.
+
+    train: augmentation is random, but a function of (seed, epoch, i) alone; an unreadable image is
+    replaced by the next one, with the files passed over in the target's "skipped". With `strict`,
+    or not in training, an unreadable image is a UserError.
+    annotated: False for a test set, whose file has no annotations and perhaps no categories.
+    num_classes: as in ClassMap.from_categories, for want of a `class_map`.
+    """
+
+    def __init__(
+        self,
+        image_dir: str | Path,
+        annotation_file: str | Path,
+        transforms: Callable,
+        class_map: ClassMap | None = None,
+        train: bool = False,
+        seed: int = 0,
+        strict: bool = False,
+        annotated: bool = True,
+        num_classes: int | None = None,
+    ):
+        self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
+        self.transforms, self.train, self.seed, self.strict = transforms, train, seed, strict
+        # In shared memory, so that workers that outlive an epoch see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._warned_of_size = False
+
+        data = self._load_json()
+        images = self._section(data, "images")
+        self.image_ids = self._field(images, "image", "id", _is_int, "an integer", unique=True)
+        self.file_names = self._field(images, "image", "file_name", _is_name, "a path")
+        sides = [self._field(images, "image", k, _is_number, "pixels") for k in ("height", "width")]
+        # (images, 2); infinite where the file does not say, as boxes are clipped to these sizes.
+        sides = [[side or np.inf for side in column] for column in sides]
+        self._sizes = np.array(sides, dtype=np.float64).T
+        self._check_files()
+
+        self.categories = self._section(data, "categories", required=annotated or not class_map)
+        self._field(self.categories, "category", "id", _is_int, "an integer", unique=True)
+        if class_map is None:
+            try:
+                class_map = ClassMap.from_categories(self.categories, num_classes)
+            except UserError as error:
+                raise UserError(f"{self.annotation_file}: {error}") from None
+        self.class_map = class_map
+        self._warn_of_other_names()
+        self._index(self._section(data, "annotations", required=annotated))
+        if annotated and not len(self._labels):
+            self._fail("has no usable object", "it needs boxes with an area that are no crowd")
+
+    def _fail(self, problem: str, remedy: str) -> NoReturn:
+        raise UserError(f"{self.annotation_file}: {problem}: {remedy}")
+
+    def _load_json(self) -> dict[str, Any]:
+        try:
+            data = json.loads(self.annotation_file.read_bytes(), object_hook=_without_outline)
+        except OSError as error:
+            self._fail(f"cannot be read ({error.strerror})", "check the path to the annotations")
+        except ValueError as error:
+            self._fail(f"is not valid JSON ({error})", "download or export it again")
+        return data if isinstance(data, dict) else {}
+
+    def _section(self, data: dict[str, Any], key: str, required: bool = True) -> list[dict]:
+        items = data.get(key, [])
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            self._fail(f"'{key}' is not a list of objects", "COCO's instances format is expected")
+        if required and not items:
+            self._fail(f"'{key}' is missing or empty", "COCO's instances format is expected")
+        return items
+
+    def _field(
+        self,
+        items: list[dict],
+        kind: str,
+        key: str,
+        valid: Callable,
+        what: str,
+        unique: bool = False,
+    ) -> list:
+        """`key` of every item; UserError that names the first item whose value is not valid."""
+        values = [item.get(key) for item in items]
+        for position, value in enumerate(values):
+            if not valid(value):
+                name = f"{kind} {items[position].get('id', f'number {position + 1}')}"
+                found = repr(value) if key in items[position] else "missing"
+                self._fail(f"'{key}' of {name} is {found}", f"it must be {what}")
+        if unique and len(set(values)) < len(values):
+            twice = Counter(values).most_common(1)[0][0]
+            self._fail(f"{kind} {key} {twice} occurs more than once", "make the ids unique")
+        return values
+
+    def _check_files(self) -> None:
+        """All image files exist. One listing a directory: asking for each file takes minutes."""
+        paths = [os.path.split(file_name) for file_name in self.file_names]
+        try:
+            listings = {d: set(os.listdir(self.image_dir / d)) for d in {d for d, _ in paths}}
+        except OSError as error:
+            problem = f"{error.filename}: cannot be listed ({error.strerror})"
+            raise UserError(f"{problem}: check the path to the images") from None
+        missing = [os.path.join(*path) for path in paths if path[1] not in listings[path[0]]]
+        if missing:
+            raise UserError(
+                f"{self.image_dir / missing[0]}: no such file; {len(missing)} of the {len(paths)}"
+                f" images of {self.annotation_file} are missing: check the path to the images"
+            )
+
+    def _warn_of_other_names(self) -> None:
+        """The same ids under other names: most likely two exports that numbered differently."""
+        label_of = self.class_map.label_of
+        for category in self.categories:
+            name = self.class_map.names.get(label_of.get(category["id"]), category.get("name"))
+            if str(category.get("name", name)).lower() != str(name).lower():
+                message = "%s: category %d is %r here, but %r to the model: check the ids"
+                args = (self.annotation_file, category["id"], category["name"], name)
+                logger.warning(message, *args)
+
+    def _index(self, items: list[dict]) -> None:
+        """Annotations become arrays, as dicts would in time be copied into every worker."""
+
+        def column(key: str, valid: Callable, what: str) -> list:
+            return self._field(items, "annotation", key, valid, what)
+
+        index_of = {id_: position for position, id_ in enumerate(self.image_ids)}
+        known = "the id of an image in this file"
+        image = column("image_id", lambda v: _is_int(v) and v in index_of, known)
+        image = np.array([index_of[i] for i in image], dtype=np.int64)
+        label_of, known = self.class_map.label_of, "the id of a category that the model knows"
+        label = column("category_id", lambda v: _is_int(v) and v in label_of, known)
+        label = np.array([label_of[i] for i in label], dtype=np.int64)
+        boxes = column("bbox", _is_box, "[x, y, width, height]")
+        boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+        area = np.array(column("area", _is_number, "square pixels"), dtype=np.float64)
+        crowd = np.array([bool(item.get("iscrowd")) for item in items], dtype=bool)
+
+        sound = np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)
+        area = np.where(np.isfinite(area), area, boxes[:, 2] * boxes[:, 3])
+        self._truth = [column[sound] for column in (image, label, boxes, area, crowd)]
+
+        usable = np.flatnonzero(sound & ~crowd)
+        usable = usable[np.argsort(image[usable], kind="stable")]
+        xyxy = np.concatenate([boxes[usable, :2], boxes[usable, :2] + boxes[usable, 2:]], axis=1)
+        clipped, inside = _clip(xyxy, self._sizes[image[usable]])
+        self._boxes, self._labels = clipped[inside].astype(np.float32), label[usable][inside]
+        self._first = np.searchsorted(image[usable][inside], np.arange(len(self) + 1))
+        # Rounding leaves many boxes a fraction of a pixel outside, which is not worth a word.
+        beyond = np.abs(clipped - xyxy)[inside].max(1, initial=0) > 1
+        counts = (~sound).sum(), (~inside).sum(), beyond.sum()
+        if any(counts):
+            message = "%s: %d boxes left out as not finite or without area, %d left out as outside"
+            logger.warning(f"{message} the image, %d clipped to it", self.annotation_file, *counts)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the augmentation, in the workers too, which epoch it is."""
+        self._epoch.fill_(epoch)
+
+    def most_objects(self) -> tuple[int, str]:
+        """The largest number of objects in an image, and the image's file name."""
+        counts = np.diff(self._first)
+        return int(counts.max()), self.file_names[counts.argmax()]
+
+    def ground_truth(self, image_ids: set[int]) -> dict[str, list[dict]]:
+        """Annotations of some images for COCO's evaluation: boxes as in the file, crowds included,
+        areas filled in. Numbered anew, since ids may be missing and COCOeval cannot match id 0.
+        """
+        ids = np.array(self.image_ids)
+        chosen = np.isin(ids[self._truth[0]], list(image_ids))
+        image, label, *columns = (column[chosen].tolist() for column in self._truth)
+        keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+        images, categories = ids[image].tolist(), [self.class_map.ids[i] for i in label]
+        rows = zip(range(1, len(image) + 1), images, categories, *columns, strict=True)
+        return {
+            "images": [{"id": i} for i in self.image_ids if i in image_ids],
+            "annotations": [dict(zip(keys, row, strict=True)) for row in rows],
+            "categories": self.categories,
+        }
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        image, position, skipped = self._read(index)
+        size, said = tuple(image.shape[-2:]), tuple(self._sizes[position].tolist())
+        if size != said and np.inf not in said and not self._warned_of_size:
+            self._warned_of_size = True  # in every worker once
+            name, message = self.file_names[position], "%s: (height, width) of %s is %s, not %s"
+            logger.warning(
+                f"{message}: are boxes in its pixels?", self.annotation_file, name, size, said
+            )
+        objects = slice(*self._first[position : position + 2])
+        boxes, inside = _clip(self._boxes[objects], np.array([size], dtype=np.float32))
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes[inside], format="XYXY", canvas_size=size),
+            "labels": torch.from_numpy(self._labels[objects][inside]),
+        }
+        seed = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would seed the GPUs as well, which fork_rng does not undo here.
+            torch.default_generator.manual_seed(int(seed))
+            image, target = self.transforms(tv_tensors.Image(image), target)
+        target["image_id"] = torch.tensor(self.image_ids[position])
+        target["orig_size"] = torch.tensor(size)
+        target["size"] = torch.tensor(image.shape[-2:])
+        return image, {**target, "skipped": skipped} if skipped else target
+
+    def _read(self, index: int) -> tuple[Tensor, int, list[str]]:
+        """The image at `index`, or in training the next readable one; its place; those skipped."""
+        skipped: list[str] = []
+        while True:
+            position = (index + len(skipped)) % len(self)
+            name = self.file_names[position]
+            try:
+                image = read_image(self.image_dir / name, tuple(self._sizes[position]))
+                return image, position, skipped
+            except UserError as error:
+                skipped.append(name)
+                if self.strict or not self.train or len(skipped) == MAX_UNREADABLE:
+                    remedy = f"replace it or take it out of {self.annotation_file}"
+                    raise UserError(f"{error}: {remedy}") from None
+
+
+def _without_outline(item: dict) -> dict:
+    """Dropping outlines while parsing halves the time and the memory that COCO takes to load."""
+    item.pop("segmentation", None)
+    return item
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+def _clip(xyxy: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (n, 4) cut to images of sizes (n or 1, 2) as (h, w), and whether area is left (n,)."""
+    clipped = np.clip(xyxy, 0, sizes[:, [1, 0, 1, 0]])
+    return clipped, (clipped[:, 2:] > clipped[:, :2]).all(1)
+
+
+def collate(batch: list[tuple[Tensor, dict]]) -> tuple[NestedTensor, list[dict]]:
+    """Samples to one padded batch of images and the list of their targets."""
+    images, targets = zip(*batch, strict=True)
+    return nested_tensor_from_tensor_list(images), list(targets)
+
+
+def build_dataset(cfg: Any, split: str, class_map: ClassMap | None = None) -> CocoDetection:
+    """The "train", "val" or "test" part of the data set at `cfg.coco_path`, laid out as COCO 2017.
+
+    class_map: the labels of an already trained model; else they follow from the categories.
+    """
+    if not cfg.coco_path:
+        raise UserError("coco_path is not set: give the data set's directory with --coco_path")
+    root, test = Path(cfg.coco_path), split == "test"
+    file_name = "image_info_test-dev2017.json" if test else f"instances_{split}2017.json"
+    scales, max_size = cfg.data_aug_scales, cfg.data_aug_max_size
+    if split == "train":
+        second = cfg.data_aug_scales2_resize, cfg.data_aug_scales2_crop
+        transforms = train_transforms(scales, max_size, *second, cfg.fix_size)
+    else:
+        transforms = eval_transforms(scales, max_size)
+    return CocoDetection(
+        root / f"{split}2017",
+        root / "annotations" / file_name,
+        transforms,
+        class_map,
+        train=split == "train",
+        seed=cfg.seed,
+        strict=cfg.strict_data,
+        annotated=not test,
+        num_classes=cfg.num_classes,
+    )

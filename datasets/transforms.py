@@ -1,0 +1,132 @@
+"""The published augmentation.
+
+A pipeline is called as `pipeline(image, target)`: image a `tv_tensors.Image` (3, H, W) uint8,
+target a dict with "boxes", `tv_tensors.BoundingBoxes` (n, 4) XYXY in pixels, and "labels" (n,). It
+returns the normalised float32 image and the target with boxes (n, 4) cxcywh in [0, 1]. For
+evaluation an image alone will do. All randomness comes from torch's CPU generator.
+
+Images are tensors, channels last in memory, since torch resizes these several times faster than
+PIL does PIL images, and to the same pixels but for one grey level here and there.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from util.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def resized_size(height: int, width: int, size: int, max_size: int | None = None) -> list[int]:
+    """[height, width] with the shorter side resized to `size`, but the longer at most `max_size`.
+
+    Rounding is as published; torchvision's own rule differs by a pixel here and there.
+    """
+    short, long = min(height, width), max(height, width)
+    if max_size is not None and long / short * size > max_size:
+        size = max(round(max_size * short / long), 1)
+    return [size if side == short else int(size * side / short) for side in (height, width)]
+
+
+def _randint(low: int, high: int) -> int:
+    """A uniform integer in [low, high]."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+class ResizeShortestSide(v2.Transform):
+    """Resizes the shorter side to one of `sizes`, the longer to at most `max_size`."""
+
+    def __init__(self, sizes: Sequence[int], max_size: int | None = None):
+        super().__init__()
+        self.sizes, self.max_size = list(sizes), max_size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        size = self.sizes[_randint(0, len(self.sizes) - 1)]
+        return {"size": resized_size(*v2.query_size(flat_inputs), size, self.max_size)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.resize(inpt, params["size"], antialias=True)
+
+
+class RandomSizeCrop(v2.Transform):
+    """Cuts out a rectangle whose sides are drawn from [low, high], as far as the image reaches."""
+
+    def __init__(self, low: int, high: int):
+        super().__init__()
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        # An image smaller than `low` is left as it is along that side.
+        h, w = (_randint(min(self.low, side), min(side, self.high)) for side in (height, width))
+        top, left = _randint(0, height - h), _randint(0, width - w)
+        return {"top": top, "left": left, "height": h, "width": w}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.crop(inpt, **params)  # clips boxes to the crop
+
+
+class DropEmptyBoxes(nn.Module):
+    """Removes what a crop leaves of objects outside it: boxes without area, and their labels."""
+
+    def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        boxes = target["boxes"]
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        boxes = tv_tensors.wrap(boxes[keep], like=boxes)
+        return image, {**target, "boxes": boxes, "labels": target["labels"][keep]}
+
+
+class ToModelInput(v2.Transform):
+    """Normalises the image as the ImageNet backbones expect it, and boxes to cxcywh in [0, 1]."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Tensor:
+        if isinstance(inpt, tv_tensors.BoundingBoxes):
+            height, width = inpt.canvas_size
+            boxes = F.convert_bounding_box_format(inpt, new_format="CXCYWH").as_subclass(Tensor)
+            return boxes / boxes.new_tensor([width, height, width, height])
+        # Contiguous first: arithmetic on channels-last floats is several times slower.
+        image = F.to_dtype(inpt.as_subclass(Tensor).contiguous(), torch.float32, scale=True)
+        return F.normalize(image, IMAGENET_MEAN, IMAGENET_STD, inplace=True)
+
+
+def train_transforms(
+    scales: Sequence[int],
+    max_size: int,
+    scales2_resize: Sequence[int],
+    scales2_crop: Sequence[int],
+    fix_size: bool = False,
+) -> nn.Module:
+    """Horizontal flip; then, evenly, a resize to one of `scales`, or a resize to one of
+    `scales2_resize`, a crop with sides in `scales2_crop` = (min, max) and the first resize again.
+    Without `scales2_crop` only the first. With `fix_size` the resize of `eval_transforms` instead.
+    """
+    flip = v2.RandomHorizontalFlip(0.5)
+    if fix_size:
+        return v2.Compose([flip, eval_transforms(scales, max_size)])
+    _check_scales("data_aug_scales", scales)
+    resize = ResizeShortestSide(scales, max_size)
+    if scales2_crop:
+        _check_scales("data_aug_scales2_resize", scales2_resize)
+        if len(scales2_crop) != 2 or not 0 < scales2_crop[0] <= scales2_crop[1]:
+            raise UserError(f"data_aug_scales2_crop is {scales2_crop}: give [min, max] in pixels")
+        shrink, crop = ResizeShortestSide(scales2_resize), RandomSizeCrop(*scales2_crop)
+        resize = v2.RandomChoice([resize, v2.Compose([shrink, crop, DropEmptyBoxes(), resize])])
+    return v2.Compose([flip, resize, ToModelInput()])
+
+
+def eval_transforms(scales: Sequence[int], max_size: int) -> nn.Module:
+    """Resize of the shorter side to the largest of `scales`, the longer to at most `max_size`."""
+    _check_scales("data_aug_scales", scales)
+    return v2.Compose([ResizeShortestSide([max(scales)], max_size), ToModelInput()])
+
+
+def _check_scales(name: str, scales: Sequence[int]) -> None:
+    if not scales or min(scales) < 1:
+        raise UserError(f"{name} is {list(scales)}: give at least one size, in pixels")

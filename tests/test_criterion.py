@@ -1,0 +1,154 @@
+"""Boxes, matching and losses against their definitions written out."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import generalized_box_iou as torchvision_giou
+
+from models.criterion import SetCriterion
+from models.matcher import HungarianMatcher
+from util.box_ops import (
+    box_cxcywh_to_xyxy,
+    box_losses,
+    box_xyxy_to_cxcywh,
+    generalized_box_iou,
+    inverse_sigmoid,
+)
+
+L, B, Q, C = 3, 2, 5, 4
+MATCHER = HungarianMatcher(2, 5, 2, 0.25)
+
+
+def random_boxes(*shape: int) -> torch.Tensor:
+    return torch.cat([torch.rand(*shape, 2), 0.05 + 0.5 * torch.rand(*shape, 2)], dim=-1)
+
+
+def make_targets(*counts: int) -> list[dict]:
+    return [{"labels": torch.randint(C, (n,)), "boxes": random_boxes(n)} for n in counts]
+
+
+def make_outputs(logits: torch.Tensor, boxes: torch.Tensor) -> dict:
+    layers = [{"pred_logits": x, "pred_boxes": b} for x, b in zip(logits, boxes, strict=True)]
+    return {**layers[-1], "aux_outputs": layers[:-1]}
+
+
+def test_giou_equals_torchvision():
+    a, b = (box_cxcywh_to_xyxy(random_boxes(n).double()) for n in (40, 30))
+    expected = torchvision_giou(a, b)
+    torch.testing.assert_close(generalized_box_iou(a[:, None], b[None]), expected)
+    _, paired = box_losses(box_xyxy_to_cxcywh(a[:30]), box_xyxy_to_cxcywh(b))
+    torch.testing.assert_close(paired, 1 - expected.diagonal())
+
+
+def test_degenerate_boxes_assert_nothing():
+    point = torch.zeros(1, 4)
+    assert generalized_box_iou(point, point).isfinite().all()
+    assert generalized_box_iou(point, torch.full((1, 4), torch.nan)).isnan().all()
+    inverted = torch.tensor([[0.6, 0.6, 0.4, 0.4]])
+    assert generalized_box_iou(inverted, torch.tensor([[0.0, 0.0, 1.0, 1.0]])).isfinite().all()
+
+
+def test_inverse_sigmoid():
+    x = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    torch.testing.assert_close(inverse_sigmoid(x).sigmoid(), x)
+    ends = inverse_sigmoid(torch.tensor([-1.0, 0.0, 1.0, 2.0]))
+    torch.testing.assert_close(ends, torch.tensor([-1, -1, 1, 1]) * torch.log(torch.tensor(1e3)))
+
+
+def pair_cost(logit: torch.Tensor, box: torch.Tensor, label: int, target: torch.Tensor) -> float:
+    p = logit[label].double().sigmoid()
+    positive = -0.25 * (1 - p) ** 2 * p.log()
+    negative = -0.75 * p**2 * (1 - p).log()
+    a, b = box_cxcywh_to_xyxy(box[None]), box_cxcywh_to_xyxy(target[None])
+    l1 = (box - target).abs().sum()
+    return float(2 * (positive - negative) + 5 * l1 - 2 * torchvision_giou(a, b)[0, 0])
+
+
+def test_matching_is_the_cheapest():
+    """Against all permutations, for every layer and image."""
+    torch.manual_seed(0)
+    logits, boxes, targets = torch.randn(L, B, Q, C), random_boxes(L, B, Q), make_targets(3, 2)
+    matched = MATCHER(logits, boxes, targets)
+    assert matched.shape == (L, 5)
+    for layer in range(L):
+        start = 0
+        for image, target in enumerate(targets):
+            n = len(target["labels"])
+
+            def total(queries, layer=layer, image=image, target=target):
+                return sum(
+                    pair_cost(logits[layer, image, q], boxes[layer, image, q], label, box)
+                    for q, label, box in zip(
+                        queries, target["labels"], target["boxes"], strict=True
+                    )
+                )
+
+            best = min(itertools.permutations(range(Q), n), key=total)
+            assert matched[layer, start : start + n].tolist() == list(best)
+            start += n
+
+
+def test_more_targets_than_queries():
+    matched = MATCHER(torch.randn(1, 1, Q, C), random_boxes(1, 1, Q), make_targets(Q + 3))
+    assert (matched == -1).sum() == 3
+    assert sorted(matched[matched >= 0].tolist()) == list(range(Q))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_nonfinite_predictions_are_matched_last(bad: float):
+    logits, boxes, targets = torch.randn(1, 1, Q, C), random_boxes(1, 1, Q), make_targets(3)
+    boxes[0, 0, :2] = bad
+    logits[0, 0, 2] = torch.nan
+    matched = MATCHER(logits, boxes, targets)
+    assert len(set(matched[0].tolist())) == 3
+    assert {3, 4} <= set(matched[0].tolist())
+
+
+def test_losses_are_their_definitions():
+    torch.manual_seed(0)
+    logits, boxes, targets = torch.randn(L, B, Q, C), random_boxes(L, B, Q), make_targets(3, 1)
+    names = [f"loss_{k}{i}" for k in ("ce", "bbox", "giou") for i in ("", "_0", "_1")]
+    criterion = SetCriterion(MATCHER, dict.fromkeys(names, 1.0), 0.25)
+    losses = criterion(make_outputs(logits, boxes), targets)
+    assert set(losses) == {*names, "class_error", "cardinality_error"}
+    matched = MATCHER(logits, boxes, targets)
+    for layer in range(L):
+        wanted = torch.zeros(B, Q, C)
+        bbox = giou = 0.0
+        objects = [(i, j) for i, t in enumerate(targets) for j in range(len(t["labels"]))]
+        for (i, j), query in zip(objects, matched[layer].tolist(), strict=True):
+            wanted[i, query, targets[i]["labels"][j]] = 1
+            l1, g = box_losses(boxes[layer, i, query], targets[i]["boxes"][j])
+            bbox, giou = bbox + l1, giou + g
+        p = logits[layer].sigmoid()
+        ce = -(0.25 * wanted * (1 - p) ** 2 * p.log()).sum()
+        ce -= (0.75 * (1 - wanted) * p**2 * (1 - p).log()).sum()
+        suffix = "" if layer == L - 1 else f"_{layer}"
+        torch.testing.assert_close(losses[f"loss_ce{suffix}"], ce / 4)
+        torch.testing.assert_close(losses[f"loss_bbox{suffix}"], bbox / 4)
+        torch.testing.assert_close(losses[f"loss_giou{suffix}"], giou / 4)
+    halved = criterion(make_outputs(logits, boxes), targets, num_boxes=8.0)
+    torch.testing.assert_close(halved["loss_bbox"] * 2, losses["loss_bbox"])
+
+
+def test_loss_of_nonfinite_predictions_is_nonfinite():
+    """The criterion reports it, asserts nothing: stopping is the training loop's business."""
+    logits = nn.Parameter(torch.randn(1, 1, Q, C))
+    boxes = torch.full((1, 1, Q, 4), torch.nan)
+    criterion = SetCriterion(MATCHER, {"loss_bbox": 1.0}, 0.25)
+    losses = criterion(make_outputs(logits, boxes), make_targets(2))
+    assert losses["loss_bbox"].isnan()
+    assert losses["loss_ce"].isfinite()
+
+
+def test_perfect_predictions_cost_nothing():
+    targets = make_targets(2)
+    logits = torch.full((1, 1, Q, C), -20.0)
+    boxes = random_boxes(1, 1, Q)
+    for j in range(2):
+        logits[0, 0, j + 1, targets[0]["labels"][j]] = 20.0
+        boxes[0, 0, j + 1] = targets[0]["boxes"][j]
+    losses = SetCriterion(MATCHER, {}, 0.25)(make_outputs(logits, boxes), targets)
+    assert all(v < 1e-5 for v in losses.values())

@@ -1,0 +1,189 @@
+"""The detectors: what parity with the released weights does not show."""
+
+import pytest
+import torch
+from torch import nn
+
+from models import build_model
+from models.backbone import resize_mask
+from util.config import load_config
+from util.errors import UserError
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+
+SMALL = {
+    "backbone": "resnet18",
+    "hidden_dim": 64,
+    "nheads": 4,
+    "enc_layers": 1,
+    "dec_layers": 2,
+    "dim_feedforward": 96,
+    "num_queries": 12,
+    "num_classes": 5,
+}
+
+
+def small_model(config: str = "dn_dab_detr_r50", **overrides):
+    torch.manual_seed(0)
+    return build_model(load_config(f"configs/{config}.py", SMALL | overrides))
+
+
+def make_targets(*counts: int) -> list[dict]:
+    return [
+        {"labels": torch.randint(5, (n,)), "boxes": 0.2 + 0.3 * torch.rand(n, 4)} for n in counts
+    ]
+
+
+class Patches(nn.Module):
+    """A backbone whose features never look past their own 32 x 32 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 512, 32, stride=32)
+
+    def forward(self, images: NestedTensor) -> list[NestedTensor]:
+        x = self.conv(images.tensors)
+        return [NestedTensor(x, resize_mask(images.mask, x))]
+
+
+def test_padding_changes_nothing():
+    """An image gives the same boxes alone and in a batch with a larger one, whatever the padding
+    holds. (Convolutions that overlap carry some of the padding in, in the released models too.)"""
+    model, _, _ = small_model()
+    model.backbone[0] = Patches()
+    model.eval()
+    small, large = torch.randn(3, 64, 96), torch.randn(3, 128, 160)
+    batch = nested_tensor_from_tensor_list([small, large])
+    batch.tensors[0].masked_fill_(batch.mask[0], 100.0)
+    with torch.no_grad():
+        alone, batch = model([small]), model(batch)
+    for key in ("pred_logits", "pred_boxes"):
+        torch.testing.assert_close(batch[key][:1], alone[key], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stride", "channels"),
+    [
+        ({"backbone": "resnet18"}, 32, 512),
+        ({"backbone": "resnet34"}, 32, 512),
+        ({"backbone": "resnet50"}, 32, 2048),
+        ({"backbone": "resnet50", "dilation": True}, 16, 2048),
+        ({"backbone": "resnet101", "dilation": True}, 16, 2048),
+        ({"backbone": "resnet18", "return_interm_indices": [1, 2]}, 16, 256),
+        ({"backbone": "timm/resnet10t", "batch_norm_type": "BatchNorm2d"}, 32, 512),
+        ({"backbone": "timm/resnet10t", "dilation": True}, 16, 512),
+        ({"backbone": "timm/convnext_atto"}, 32, 320),
+        ({"backbone": "timm/convnext_atto", "return_interm_indices": [0]}, 4, 40),
+    ],
+)
+def test_backbones(overrides: dict, stride: int, channels: int):
+    model, _, _ = small_model(**overrides)
+    backbone = model.backbone[0]
+    images = nested_tensor_from_tensor_list([torch.randn(3, 64, 64), torch.randn(3, 96, 128)])
+    features = backbone(images)
+    assert features[-1].tensors.shape == (2, channels, 96 // stride, 128 // stride)
+    assert features[-1].mask.shape == (2, 96 // stride, 128 // stride)
+    assert not features[-1].mask[1].any()
+    assert backbone.num_channels[-1] == channels
+
+
+def test_dilated_small_resnet_is_refused():
+    with pytest.raises(UserError, match=r"resnet18.*resnet50"):
+        small_model(dilation=True)
+
+
+def test_unknown_backbone_is_named():
+    with pytest.raises(UserError, match="resnet05"):
+        small_model(backbone="resnet05")
+    with pytest.raises(UserError, match="timm/resnet10x"):
+        small_model(backbone="timm/resnet10x")
+
+
+def test_frozen_parts():
+    def trained(**overrides) -> set[str]:
+        model, _, _ = small_model(**overrides)
+        return {k for k, p in model.backbone[0].body.named_parameters() if p.requires_grad}
+
+    pretrained = trained()
+    assert not any(k.startswith(("conv1", "layer1")) for k in pretrained)
+    assert any(k.startswith("layer2") for k in pretrained)
+    assert any(k.startswith("conv1") for k in trained(pretrained_backbone=False))
+    assert trained(lr_backbone=0) == set()
+
+
+def test_frozen_statistics_stay():
+    model, _, _ = small_model()
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    model.train()
+    model([torch.randn(3, 64, 64)], make_targets(2))
+    assert before
+    assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 0), (0, 4), (15, 1)])
+@pytest.mark.parametrize("config", ["dab_detr_r50", "dn_dab_detr_r50"])
+def test_every_parameter_gets_a_gradient(config: str, counts: tuple[int, ...]):
+    """As DDP wants it: also without objects, and with more objects than queries."""
+    model, criterion, _ = small_model(config, pretrained_backbone=False)
+    model.train()
+    targets = make_targets(*counts)
+    losses = criterion(model([torch.randn(3, 64, 64)] * 2, targets), targets)
+    assert set(criterion.weight_dict) <= set(losses)
+    if counts == (0, 0):
+        assert all(float(v.detach()) == 0 for k, v in losses.items() if k.endswith("_dn"))
+    sum(losses[k] * w for k, w in criterion.weight_dict.items()).backward()
+    assert [k for k, p in model.named_parameters() if p.grad is None] == []
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_denoising_does_not_reach_the_matching_part():
+    """Training with denoising predicts for the matching queries what inference predicts."""
+    model, _, _ = small_model(dropout=0.0)
+    images, targets = [torch.randn(3, 64, 96)] * 2, make_targets(3, 1)
+    model.train()
+    with torch.no_grad():
+        trained = model(images, targets)
+        model.eval()
+        inferred = model(images)
+    assert "dn" in trained
+    assert "dn" not in inferred
+    torch.testing.assert_close(trained["pred_boxes"], inferred["pred_boxes"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        trained["pred_logits"], inferred["pred_logits"], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_patterns_repeat_the_anchors():
+    model, _, _ = small_model(num_patterns=3)
+    out = model.eval()([torch.randn(3, 64, 64)])
+    assert out["pred_boxes"].shape == (1, 3 * 12, 4)
+    content, anchors = model.queries(1)
+    assert torch.equal(anchors[0, :12], anchors[0, 12:24])
+    assert not torch.isclose(content[0, 0], content[0, 12]).all()
+    assert torch.equal(content[0, 0], content[0, 11])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_autocast_trains(dtype: torch.dtype):
+    model, criterion, postprocess = small_model()
+    targets = make_targets(2, 1)
+    with torch.autocast("cpu", dtype):
+        out = model.train()([torch.randn(3, 64, 64)] * 2, targets)
+        losses = criterion(out, targets)
+    assert all(v.dtype == torch.float32 and v.isfinite() for v in losses.values())
+    results = postprocess(out, torch.tensor([[64, 64], [64, 64]]))
+    assert results[0]["boxes"].dtype == torch.float32
+
+
+def test_postprocess_scales_and_sorts():
+    _, _, postprocess = small_model(num_select=4)
+    logits = torch.full((1, 3, 5), -9.0)
+    logits[0, 1, 4], logits[0, 2, 0], logits[0, 1, 3] = 3.0, 2.0, 1.0
+    boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0], [0.5, 0.5, 0.5, 0.2], [0.25, 0.75, 0.5, 0.5]]])
+    (result,) = postprocess(
+        {"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[100, 200]])
+    )
+    assert result["labels"].tolist()[:3] == [4, 0, 3]
+    assert len(result["scores"]) == 4
+    torch.testing.assert_close(result["scores"][:3], torch.tensor([3.0, 2.0, 1.0]).sigmoid())
+    torch.testing.assert_close(result["boxes"][0], torch.tensor([50.0, 40.0, 150.0, 60.0]))
+    torch.testing.assert_close(result["boxes"][1], torch.tensor([0.0, 50.0, 100.0, 100.0]))
