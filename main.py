@@ -9,8 +9,9 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from util.checkpoint import (
     latest_checkpoint,
     load_backbone,
     load_weights,
+    num_classes_of,
     read_checkpoint,
     rng_state,
     save_checkpoint,
@@ -82,10 +84,13 @@ def read_resume(cfg: Config) -> dict | None:
     return read_checkpoint(cfg.resume) if cfg.resume else None
 
 
-def class_map_of(checkpoint: dict | None) -> ClassMap | None:
-    """The class map that a checkpoint of ours brings; released ones have none."""
-    state = checkpoint.get("class_map") if checkpoint else None
-    return ClassMap.from_state_dict(state) if state else None
+def class_map_of(checkpoint: dict | None) -> ClassMap | Callable | None:
+    """The labels that a checkpoint was trained with, which the data are to be read with."""
+    if checkpoint is None:
+        return None
+    if "class_map" in checkpoint:
+        return ClassMap.from_state_dict(checkpoint["class_map"])
+    return partial(ClassMap.of_released, num_classes=num_classes_of(checkpoint))
 
 
 def build_loader(dataset: CocoDetection, cfg: Config, train: bool) -> DataLoader:
@@ -151,7 +156,7 @@ class Run:
         The authors' checkpoints order the optimiser's state otherwise and hold no random state:
         of these, weights and epoch are taken.
         """
-        load_weights(self.model, checkpoint)
+        load_weights(self.model, checkpoint, source=self.cfg.resume)
         self.epoch = checkpoint.get("epoch", self.epoch)
         if self.ema:
             self.ema.load_state_dict(checkpoint.get("ema_model") or self.model.state_dict())

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,11 +69,16 @@ class ClassMap:
 
     @classmethod
     def identity(cls, categories: list[dict], num_classes: int) -> ClassMap:
-        """Label = category id, as in released checkpoints, which carry no map. Ids that are no
-        label of the model are left out."""
-        return cls._from_pairs(
-            num_classes, ((c["id"], c) for c in categories if 0 <= c["id"] < num_classes)
-        )
+        """Label = category id."""
+        return cls._from_pairs(num_classes, ((c["id"], c) for c in categories))
+
+    @classmethod
+    def of_released(cls, categories: list[dict], num_classes: int) -> ClassMap:
+        """For a model whose checkpoint carries no map: ids are labels, as in the released code, or
+        numbered in ascending order where one of them is no label of the model."""
+        if all(0 <= c["id"] < num_classes for c in categories):
+            return cls.identity(categories, num_classes)
+        return cls.from_categories(categories, num_classes)
 
     @classmethod
     def _from_pairs(cls, num_classes: int, pairs: Any) -> ClassMap:
@@ -128,7 +134,8 @@ class CocoDetection(torch.utils.data.Dataset):
     replaced by the next one, with the files passed over in the target's "skipped". With `strict`,
     or not in training, an unreadable image is a UserError.
     annotated: False for a test set, whose file has no annotations and perhaps no categories.
-    num_classes: as in ClassMap.from_categories, for want of a `class_map`.
+    class_map: the labels of an already trained model, or what makes them from the categories;
+        without it `num_classes` does, as in ClassMap.from_categories.
     """
 
     def __init__(
@@ -136,7 +143,7 @@ class CocoDetection(torch.utils.data.Dataset):
         image_dir: str | Path,
         annotation_file: str | Path,
         transforms: Callable,
-        class_map: ClassMap | None = None,
+        class_map: ClassMap | Callable[[list[dict]], ClassMap] | None = None,
         train: bool = False,
         seed: int = 0,
         strict: bool = False,
@@ -161,9 +168,10 @@ class CocoDetection(torch.utils.data.Dataset):
 
         self.categories = self._section(data, "categories", required=annotated or not class_map)
         self._field(self.categories, "category", "id", _is_int, "an integer", unique=True)
-        if class_map is None:
+        if not isinstance(class_map, ClassMap):
+            number = class_map or partial(ClassMap.from_categories, num_classes=num_classes)
             try:
-                class_map = ClassMap.from_categories(self.categories, num_classes)
+                class_map = number(self.categories)
             except UserError as error:
                 raise UserError(f"{self.annotation_file}: {error}") from None
         self.class_map = class_map
@@ -376,10 +384,14 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[NestedTensor, list[dict]]
     return nested_tensor_from_tensor_list(images), list(targets)
 
 
-def build_dataset(cfg: Any, split: str, class_map: ClassMap | None = None) -> CocoDetection:
+def build_dataset(
+    cfg: Any,
+    split: str,
+    class_map: ClassMap | Callable[[list[dict]], ClassMap] | None = None,
+) -> CocoDetection:
     """The "train", "val" or "test" part of the data set at `cfg.coco_path`, laid out as COCO 2017.
 
-    class_map: the labels of an already trained model; else they follow from the categories.
+    class_map: as in CocoDetection.
     """
     if not cfg.coco_path:
         raise UserError("coco_path is not set: give the data set's directory with --coco_path")

@@ -181,11 +181,13 @@ def load_weights(
     *,
     strict: bool = True,
     ignore: Iterable[str] = (),
+    source: str = "the state dict",
 ) -> LoadReport:
     """Copies a checkpoint's weights into `model`, converting their dtype to the model's.
 
     The state dict is the entry "model", "ema_model" or "state_dict", or the dict itself.
     ignore: every tensor with a name that contains one of these keeps the model's own values.
+    source: what an error calls a dict; a file is called by its path.
     strict: any missing, unexpected or wrongly shaped name is a UserError that lists them, and the
         model stays as it was. Otherwise what fits is loaded and the rest reported.
 
@@ -193,7 +195,7 @@ def load_weights(
     disagree about its value are mismatched.
     """
     if isinstance(path_or_dict, Mapping):
-        source, checkpoint = "the state dict", path_or_dict
+        checkpoint = path_or_dict
     else:
         source, checkpoint = os.fspath(path_or_dict), read_checkpoint(path_or_dict)
     theirs = _without_prefix(_find_state_dict(checkpoint, source))
@@ -240,6 +242,14 @@ def _find_state_dict(checkpoint: Mapping, source: str) -> Mapping[str, Tensor]:
             "'state_dict', or as names and tensors alone"
         )
     return state
+
+
+def num_classes_of(checkpoint: Mapping) -> int | None:
+    """The number of labels of the detector in a checkpoint: the rows of its class head."""
+    for name, tensor in _find_state_dict(checkpoint, "the checkpoint").items():
+        if re.search(r"(^|\.)class_embed\.(0\.)?weight$", name):
+            return len(tensor)
+    return None
 
 
 def _without_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -309,4 +319,5 @@ def load_backbone(body: nn.Module, name: str, path: str = "") -> None:
             "--backbone_weights, or train without with --no_pretrained_backbone"
         ) from error
     wanted = body.state_dict()
-    load_weights(body, {k: v for k, v in source.items() if k in wanted})
+    found = {k: v for k, v in source.items() if k in wanted}
+    load_weights(body, found, source=path or f"pretrained {name}")

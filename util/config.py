@@ -231,6 +231,7 @@ GROUPS = (
     TrainingOptions,
     RunOptions,
 )
+METAVARS = {bool: "BOOL", int: "N", float: "X", str: "TEXT"}
 TYPES = typing.get_type_hints(Config)
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
@@ -381,13 +382,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             if kind is not bool and default not in ("", None):
                 text += f" (default: {default})"
             flags = [*spellings.get(name, []), f"--{name}"]
-            extra: dict[str, Any] = {"metavar": "N" if kind in (int, float) else "X"}
+            element, *_ = typing.get_args(kind) or (kind,)
+            extra: dict[str, Any] = {"metavar": METAVARS[element]}
             if kind is bool:
-                extra = {"nargs": "?", "const": True, "metavar": "BOOL"}
+                extra |= {"nargs": "?", "const": True}
             elif typing.get_origin(kind) is list:
                 extra["nargs"] = "*"
             if kind is bool and default:
-                section.add_argument(f"--no_{name}", dest=name, action="store_false", help=text)
+                off = f"switch off: {text}"
+                section.add_argument(f"--no_{name}", dest=name, action="store_false", help=off)
                 section.add_argument(*flags, dest=name, help=argparse.SUPPRESS, **extra)
             else:
                 section.add_argument(*flags, dest=name, help=text, **extra)
@@ -400,6 +403,7 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "main.py")
     """The config a command line asks for; `--help` prints and exits, mistakes are UserErrors."""
     parser = Parser(
         prog=prog,
+        usage=f"{prog} [-m NAME | -c FILE] [--OPTION VALUE ...]",
         description="Train and evaluate DAB-DETR and DN-DETR on data in COCO format.",
         epilog="-m NAME alone means that model's published settings: "
         + ", ".join(f"{m} = configs/{c}.py" for m, c in MODELS.items()),

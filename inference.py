@@ -1,0 +1,233 @@
+"""Pictures in; drawn pictures and COCO JSON out: `python inference.py --help`.
+
+In a notebook, with `read_image` of datasets.coco and `draw_boxes` of util.visualize:
+
+    detector, image = load_detector("outputs/run/checkpoint.pth"), read_image("street.jpg")
+    (result,) = detector.detect([image])
+    draw_boxes(image, **result, names=detector.class_map.names)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.ops import box_convert, clip_boxes_to_image
+from tqdm import trange
+
+from datasets.coco import ClassMap, CocoDetection, build_dataset, read_image
+from datasets.transforms import eval_transforms
+from main import choose_device, class_map_of
+from models import build_model
+from util.checkpoint import load_weights, read_checkpoint
+from util.config import CONFIG_DIR, MODELS, Config, Parser, load_config
+from util.errors import UserError
+from util.logging import setup_logging
+from util.nested_tensor import nested_tensor_from_tensor_list
+from util.visualize import draw_boxes, side_by_side
+
+HEAD = re.compile(r"class_embed\.(\d+\.)?bias$")  # what gives a score to every class
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+@dataclass
+class Detector:
+    """A trained model and what it takes to use it; `load_detector` makes one.
+
+    `nameless`: the checkpoint has no class map, so a label is taken for its category id.
+    """
+
+    model: nn.Module
+    postprocess: nn.Module
+    cfg: Config
+    class_map: ClassMap
+    nameless: bool
+
+    @torch.no_grad()
+    def detect(self, images: Sequence[Tensor], threshold: float = 0.3) -> list[dict[str, Tensor]]:
+        """What is on images, (3, H_i, W_i) uint8 RGB, which go through the model as one batch.
+
+        Returns for each image, on the CPU, "scores" (k,), at least `threshold` and best first,
+        "labels" (k,), and "boxes" (k, 4) xyxy in pixels of that image, clipped to it.
+        """
+        transform = eval_transforms(self.cfg.data_aug_scales, self.cfg.data_aug_max_size)
+        device = next(self.model.parameters()).device
+        batch = nested_tensor_from_tensor_list([transform(tv_tensors.Image(i)) for i in images])
+        sizes = torch.tensor([image.shape[-2:] for image in images])
+        results = self.postprocess(self.model(batch.to(device)), sizes.to(device))
+        for i, size in enumerate(sizes.tolist()):
+            found = {key: value.cpu() for key, value in results[i].items()}
+            found["boxes"] = clip_boxes_to_image(found["boxes"], size)
+            known = torch.isin(found["labels"], torch.tensor(list(self.class_map.ids)))
+            keep = known & (found["scores"] >= threshold)
+            results[i] = {key: value[keep] for key, value in found.items()}
+        return results
+
+
+def load_detector(
+    path: str | Path,
+    config: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    ema: bool = False,
+) -> Detector:
+    """A detector from a checkpoint. `ema`: take the averaged weights.
+
+    config: a config file in place of the checkpoint's own config, which released ones lack.
+    UserError where the checkpoint cannot be read, or config or weights do not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    if config is None and "config" not in checkpoint:
+        raise UserError(f"{path}: holds no config; name the one it was trained with, by -c or -m")
+    if ema and not checkpoint.get("ema_model"):
+        raise UserError(f"{path}: holds no averaged weights (ema_model); leave out --ema")
+    cfg = load_config(config) if config else load_config(overrides=checkpoint["config"])
+    class_map = class_map_of(checkpoint)
+    nameless = class_map is None
+    if class_map is None:
+        count = count_classes(checkpoint) or 1
+        class_map = ClassMap.identity([{"id": i} for i in range(count)], count)
+    cfg = dataclasses.replace(cfg, num_classes=class_map.num_classes)
+    model, _, postprocess = build_model(cfg)
+    try:
+        load_weights(model, checkpoint["ema_model"] if ema else checkpoint)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+    return Detector(model.to(device).eval(), postprocess, cfg, class_map, nameless)
+
+
+def count_classes(checkpoint: dict) -> int | None:
+    """The number of classes that the weights are for, wherever the file keeps them."""
+    parts = (checkpoint, *(v for v in checkpoint.values() if isinstance(v, dict)))
+    heads = (v for part in parts for k, v in part.items() if HEAD.search(str(k)))
+    return next(map(len, heads), None)
+
+
+def find_images(sources: Sequence[str]) -> list[Path]:
+    """The files that are named, and directories' images in the order of their names."""
+    paths = []
+    for source in map(Path, sources):
+        listed = source.iterdir() if source.is_dir() else ()
+        found = sorted(path for path in listed if path.suffix.lower() in SUFFIXES)
+        if source.is_dir() and not found:
+            raise UserError(f"{source}: holds no images; known are {', '.join(SUFFIXES)}")
+        paths += found or [source]
+    return paths
+
+
+def read_annotated(dataset: CocoDetection, index: int) -> tuple[int, Tensor, dict]:
+    """Id, image (3, H, W) uint8, and what is annotated, crowds too, as `draw_boxes` takes it."""
+    id_ = dataset.image_ids[index]
+    items = dataset.ground_truth({id_})["annotations"]
+    boxes = torch.tensor([a["bbox"] for a in items]).reshape(-1, 4)
+    truth = {
+        "boxes": box_convert(boxes, "xywh", "xyxy"),
+        "labels": [dataset.class_map.label_of[a["category_id"]] for a in items],
+        "crowd": [a["iscrowd"] for a in items],
+    }
+    return id_, dataset[index][0], truth
+
+
+def run(
+    detector: Detector,
+    paths: Sequence[Path],
+    read: Callable[[int], tuple[int, Tensor, dict | None]],
+    output_dir: Path,
+    threshold: float,
+    batch_size: int,
+) -> dict[str, list[dict]]:
+    """Detect on images; write each drawn, beside its truth where there is one, and detections.json.
+
+    `read(i)` gives the image of paths[i]: id, (3, H, W) uint8, and truth. Returns what the JSON
+    holds, which is COCO's format with scores: "images", "annotations" and "categories".
+    """
+    if output_dir.resolve() in {path.parent.resolve() for path in paths}:
+        raise UserError(f"output_dir: {output_dir} holds the images themselves; name another one")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    ids, names = detector.class_map.ids, detector.class_map.names
+    unique = len({path.stem for path in paths}) == len(paths)
+    images, annotations = [], []
+    for start in trange(0, len(paths), batch_size, desc="detect", disable=None):
+        batch = [read(i) for i in range(start, min(start + batch_size, len(paths)))]
+        results = detector.detect([image for _, image, _ in batch], threshold)
+        rows = zip(paths[start : start + batch_size], batch, results, strict=True)
+        for path, (id_, image, truth), found in rows:
+            if truth is None:
+                picture = draw_boxes(image, **found, names=names)
+            else:
+                titles = ("ground truth", f"predictions, score ≥ {threshold:g}")
+                picture = side_by_side(image, truth, found, names, titles)
+            name = f"{path.stem}.jpg" if unique else f"{id_}_{path.stem}.jpg"
+            picture.save(output_dir / name, quality=92, subsampling=0)
+            size = dict(zip(("height", "width"), image.shape[-2:], strict=True))
+            images.append({"id": id_, "file_name": str(path), **size, "picture": name})
+            boxes = box_convert(found["boxes"].double(), "xyxy", "xywh").round(decimals=3)
+            columns = boxes, found["labels"], found["scores"]
+            for box, label, score in zip(*(c.tolist() for c in columns), strict=True):
+                object_ = {"id": len(annotations) + 1, "image_id": id_, "category_id": ids[label]}
+                extent = {"bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+                annotations.append({**object_, **extent, "score": score})
+    categories = [{"id": id_, "name": names[label]} for label, id_ in ids.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (output_dir / "detections.json").write_text(json.dumps(content))
+    return content
+
+
+def build_parser() -> Parser:
+    parser = Parser("inference.py", description="Detect objects on images and draw them.")
+    add = parser.add_argument
+    add("--resume", required=True, metavar="FILE", help="checkpoint of the detector")
+    add("--images", nargs="+", metavar="PATH", help="images and directories of images")
+    add("--coco_path", metavar="DIR", help="in their place: a data set, whose val2017 is used")
+    add("--num_images", type=int, default=16, metavar="N", help="how many of val2017 (16)")
+    add("--output_dir", required=True, metavar="DIR", help="pictures and detections.json go here")
+    add("--threshold", type=float, default=0.3, metavar="X", help="lowest score to show (0.3)")
+    add("-c", "--config_file", metavar="FILE", help="config in place of the checkpoint's own")
+    add("-m", "--modelname", choices=MODELS, help="that model's published config instead")
+    add("--ema", action="store_true", help="take the averaged weights")
+    add("--device", default="", help="cpu, cuda, ...; by default a GPU where there is one")
+    add("--batch_size", type=int, default=1, metavar="N", help="images at once (1)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 2 for a mistake of the user."""
+    setup_logging()
+    try:
+        args = build_parser().parse_args(argv)
+        if bool(args.images) == bool(args.coco_path):
+            raise UserError("give either --images or --coco_path")
+        if min(args.num_images, args.batch_size) < 1 or not 0 <= args.threshold <= 1:
+            raise UserError("num_images and batch_size are at least 1, threshold is from 0 to 1")
+        config = args.config_file
+        if args.modelname:
+            config = CONFIG_DIR / f"{MODELS[args.modelname]}.py"
+        paths = find_images(args.images or [])
+        read = lambda i: (i + 1, read_image(paths[i]), None)
+        detector = load_detector(args.resume, config, choose_device(args.device), args.ema)
+        if args.coco_path:
+            cfg = dataclasses.replace(detector.cfg, coco_path=args.coco_path)
+            dataset = build_dataset(cfg, "val", None if detector.nameless else detector.class_map)
+            dataset.transforms = lambda image, target: (image, target)  # `detect` has its own
+            detector.class_map = dataset.class_map
+            paths = [dataset.image_dir / name for name in dataset.file_names[: args.num_images]]
+            read = lambda i: read_annotated(dataset, i)
+        output_dir = Path(args.output_dir)
+        content = run(detector, paths, read, output_dir, args.threshold, args.batch_size)
+    except (UserError, OSError) as e:  # an OSError, of reading or writing a file, names the file
+        print(f"inference.py: error: {e}", file=sys.stderr)
+        return 2
+    found, images = len(content["annotations"]), len(content["images"])
+    print(f"{output_dir}: {found} detections of score {args.threshold} or more on {images} images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

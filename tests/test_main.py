@@ -1,0 +1,344 @@
+"""The command line from end to end: real files, real training, a killed process."""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from main import main
+from util.checkpoint import latest_checkpoint, read_checkpoint
+
+# Everything that has a state of its own: schedule, average, dropout's random numbers, denoising.
+STATEFUL = ["--epochs", "3", "--save_checkpoint_interval", "1", "--use_ema", "--dropout", "0.1"]
+
+
+def read_log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def assert_same_state(a: dict, b: dict) -> None:
+    for key in ("model", "ema_model"):
+        assert a[key].keys() == b[key].keys()
+        assert all(torch.equal(v, b[key][k]) for k, v in a[key].items()), key
+    for index, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(v, b["optimizer"]["state"][index][k]) for k, v in state.items())
+    assert torch.equal(a["rng"]["torch"], b["rng"]["torch"])
+
+
+@pytest.fixture(scope="module")
+def trained(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output directory of an unbroken run of three epochs."""
+    from tests.conftest import SMALL
+
+    out = tmp_path_factory.mktemp("trained")
+    args = [*SMALL, *STATEFUL, "--coco_path", str(toy), "--output_dir", str(out)]
+    assert main(args) == 0
+    return out
+
+
+def test_a_run_leaves_what_it_should(trained: Path):
+    log = read_log(trained)
+    assert [line["epoch"] for line in log] == [0, 1, 2]
+    for key in ("train_loss", "train_loss_ce", "train_loss_bbox_dn_0", "train_lr", "test_loss"):
+        assert all(isinstance(line[key], float) for line in log), key
+    assert all(len(line["test_coco_eval_bbox"]) == 12 for line in log)
+    assert all(len(line["ema_test_coco_eval_bbox"]) == 12 for line in log)
+    assert {"n_parameters", "epoch_time", "train_class_error"} <= set(log[0])
+    terms = sum(v for k, v in log[0].items() if k.startswith("train_loss_") and "unsc" not in k)
+    assert log[0]["train_loss"] == pytest.approx(terms, rel=1e-4)
+    config = json.loads((trained / "config.json").read_text())
+    assert config["hidden_dim"] == 32
+    assert (trained / "command.txt").read_text().startswith("python ")
+    assert list(trained.glob("events.out.tfevents.*"))
+    checkpoint = read_checkpoint(trained / "checkpoint.pth")
+    wanted = ("model", "ema_model", "optimizer", "lr_scheduler", "epoch", "rng", "config")
+    assert set(wanted) <= set(checkpoint)
+    assert checkpoint["epoch"] == 2
+    names = {name: i for _, i, name in checkpoint["class_map"]["categories"]}
+    assert names == {"circle": 3, "square": 7, "triangle": 12, "star": 25, "ring": 44, "cross": 81}
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_resumed_run_equals_unbroken_one(small: list[str], trained: Path, epoch: int):
+    """Bit for bit, from any epoch."""
+    start = str(trained / f"checkpoint{epoch:04}.pth")
+    assert main([*small, *STATEFUL, "--resume", start]) == 0
+    out = Path(small[-1])
+    assert [line["epoch"] for line in read_log(out)] == list(range(epoch + 1, 3))
+    assert_same_state(*(read_checkpoint(d / "checkpoint.pth") for d in (out, trained)))
+    both = read_log(out)[-1], read_log(trained)[-1]
+    assert both[0]["test_coco_eval_bbox"] == both[1]["test_coco_eval_bbox"]
+    assert both[0]["train_loss"] == both[1]["train_loss"]
+
+
+def test_killed_run_goes_on(small: list[str], trained: Path):
+    """kill -9 after the first epoch, then --resume auto: the same end."""
+    out = Path(small[-1])
+    command = [sys.executable, "main.py", *small, *STATEFUL, "--resume", "auto"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 0: loss"):
+                process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert main([*small, *STATEFUL, "--resume", "auto"]) == 0
+    assert [line["epoch"] for line in read_log(out)] == [0, 1, 2]
+    assert_same_state(*(read_checkpoint(d / "checkpoint.pth") for d in (out, trained)))
+
+
+def test_eval_repeats_the_figures(small: list[str], trained: Path, capsys):
+    """Also per class and as a results file that pycocotools reads."""
+    checkpoint = str(trained / "checkpoint.pth")
+    args = ["--eval", "--resume", checkpoint, "--save_results", "--eval_per_class"]
+    assert main([*small, *args, "--use_ema"]) == 0
+    out, toy = Path(small[-1]), Path(small[small.index("--coco_path") + 1])
+    stats = json.loads((out / "eval.json").read_text())
+    for key in ("test_coco_eval_bbox", "ema_test_coco_eval_bbox"):
+        assert stats[key] == read_log(trained)[-1][key]
+    printed = capsys.readouterr().out
+    assert "Average Precision" in printed
+    assert "triangle" in printed
+    truth = COCO(toy / "annotations" / "instances_val2017.json")
+    found = truth.loadRes(str(out / "results.json"))
+    assert set(found.getCatIds()) == {3, 7, 12, 25, 44, 81}
+    assert len(found.getAnnIds()) == 8 * 10 * 6  # images * queries * classes, fewer than num_select
+
+
+def test_detections_for_the_evaluation_server(small: list[str], trained: Path, tmp_path: Path):
+    toy = Path(small[small.index("--coco_path") + 1])
+    root = tmp_path / "coco"
+    shutil.copytree(toy / "val2017", root / "test2017")
+    info = json.loads((toy / "annotations" / "instances_val2017.json").read_text())
+    del info["annotations"]
+    (root / "annotations").mkdir()
+    (root / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(info))
+    args = ["--test", "--resume", str(trained / "checkpoint.pth"), "--coco_path", str(root)]
+    assert main([*small, *args]) == 0
+    (path,) = Path(small[-1]).glob("detections_test-dev2017_*_results.json")
+    detections = json.loads(path.read_text())
+    assert {d["image_id"] for d in detections} == {image["id"] for image in info["images"]}
+    assert all(set(d) == {"image_id", "category_id", "bbox", "score"} for d in detections)
+
+
+def test_released_checkpoint(small: list[str], trained: Path, tmp_path: Path):
+    """Published file format, no class map: category ids are labels, as in the released code."""
+    ours = read_checkpoint(trained / "checkpoint.pth")
+    weights = dict(ours["model"])
+    label_of = {i: label for label, i, _ in ours["class_map"]["categories"]}
+    for name, rows in (
+        ("class_embed.weight", 82),
+        ("class_embed.bias", 82),
+        ("label_enc.weight", 83),
+    ):
+        wide = torch.full((rows, *weights[name].shape[1:]), -9.0)
+        for category_id, label in label_of.items():
+            wide[category_id] = weights[name][label]
+        wide[-1] = weights[name][-1] if name.startswith("label_enc") else wide[-1]
+        weights[name] = wide
+    path = tmp_path / "released.pth"
+    args = argparse.Namespace(modelname="dn_dab_detr", num_classes=82, lr=1e-4)
+    released = {"model": weights, "optimizer": ours["optimizer"], "lr_scheduler": {}, "epoch": 2}
+    torch.save(released | {"args": args}, path)
+    assert main([*small, "--eval", "--resume", str(path)]) == 0
+    stats = json.loads((Path(small[-1]) / "eval.json").read_text())
+    assert stats["test_coco_eval_bbox"] == read_log(trained)[-1]["test_coco_eval_bbox"]
+
+
+def test_finetuning_on_other_classes(small: list[str], trained: Path, edit: Callable, capsys):
+    """Weights come along, but for what --finetune_ignore names and what does not fit."""
+
+    def two_classes(data: dict) -> None:
+        data["categories"] = [{"id": 500, "name": "b"}, {"id": 20, "name": "a"}]
+        for annotation in data["annotations"]:
+            annotation["category_id"] = 500 if annotation["category_id"] > 20 else 20
+
+    for split in ("train", "val"):
+        root = edit(two_classes, split)
+    args = ["--pretrain_model_path", str(trained / "checkpoint.pth"), "--lr", "0"]
+    ignore = ["--finetune_ignore", "label_enc.weight", "class_embed"]
+    assert main([*small, *args, *ignore, "--lr_backbone", "0", "--coco_path", str(root)]) == 0
+    assert "ignored: 3" in capsys.readouterr().out
+    old, new = (read_checkpoint(d / "checkpoint.pth") for d in (trained, Path(small[-1])))
+    rows = new["class_map"]["categories"]
+    assert rows == [[0, 20, "a"], [1, 500, "b"]]
+    assert new["model"]["class_embed.weight"].shape[0] == 2
+    assert torch.equal(old["model"]["refpoint_embed.weight"], new["model"]["refpoint_embed.weight"])
+
+
+def test_nonfinite_loss_stops_the_run(small: list[str], capsys):
+    assert (
+        main([*small, "--lr", "1e38", "--clip_max_norm", "0", "--save_checkpoint_interval", "1"])
+        == 1
+    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "loss_" in line
+    assert "at epoch 0, step " in line
+    assert "checkpoint_nonfinite.pth" in line
+    out = Path(small[-1])
+    assert read_checkpoint(out / "checkpoint_nonfinite.pth")["nonfinite"] is True
+    assert latest_checkpoint(out) is None
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_mixed_precision(small: list[str], dtype: str):
+    assert main([*small, "--amp", "--amp_dtype", dtype, "--debug"]) == 0
+    (line,) = read_log(Path(small[-1]))
+    assert line["train_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "options", [["--multi_step_lr", "--lr_drop_list", "1", "2"], ["--lr_drop", "1"]]
+)
+def test_schedules(small: list[str], options: list[str]):
+    args = [*small, *options, "--epochs", "3", "--lr", "1e-3", "--onecyclelr", "false"]
+    assert main([*args, "--param_dict_type", "large_wd"]) == 0
+    rates = [line["train_lr"] for line in read_log(Path(small[-1]))]
+    assert rates == pytest.approx([1e-3, 1e-4, 1e-5])
+
+
+# -- bad input: one clear line, exit status 2
+
+
+@pytest.fixture
+def edit(toy: Path, tmp_path: Path) -> Callable:
+    """edit(change, split): a copy of the toy set whose JSON `change` has altered; its root."""
+
+    def apply(change: Callable[[dict], None], split: str = "train") -> Path:
+        root = tmp_path / "edited"
+        if not root.exists():
+            shutil.copytree(toy, root)
+        path = root / "annotations" / f"instances_{split}2017.json"
+        data = json.loads(path.read_text())
+        change(data)
+        path.write_text(json.dumps(data))
+        return root
+
+    return apply
+
+
+def fails_with(capsys, args: list[str], *parts: str) -> None:
+    """`main` ends with status 2 and one line that contains all of `parts`."""
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    for part in ("main.py: error: ", *parts):
+        assert part in error
+
+
+def test_missing_data(small: list[str], tmp_path: Path, capsys):
+    fails_with(capsys, [*small, "--coco_path", "absent"], "absent/annotations/instances_train")
+    empty = tmp_path / "empty"
+    (empty / "annotations").mkdir(parents=True)
+    (empty / "annotations" / "instances_train2017.json").write_text("{'images': ")
+    fails_with(capsys, [*small, "--coco_path", str(empty)], "instances_train2017.json", "JSON")
+
+
+def test_bad_annotations(small: list[str], edit: Callable, capsys):
+    def spoil(data: dict) -> None:
+        boxes = [[1, 1, float("nan"), 5], [1, 1, -4, 5], [1, 1, 0, 5], [5, 5, 900, 900]]
+        for annotation, box in zip(data["annotations"], boxes, strict=False):
+            annotation["bbox"] = box
+
+    root = edit(spoil)
+    assert main([*small, "--coco_path", str(root), "--debug"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 boxes left out as not finite or without area" in printed
+    assert "1 clipped to it" in printed
+
+
+def test_unknown_ids(small: list[str], edit: Callable, capsys):
+    root = edit(lambda data: data["annotations"][2].update(category_id=999))
+    fails_with(capsys, [*small, "--coco_path", str(root)], "instances_train2017.json", "999")
+    root = edit(lambda data: data["annotations"][2].update(category_id=3, image_id=777))
+    fails_with(capsys, [*small, "--coco_path", str(root)], "instances_train2017.json", "777")
+
+
+def test_data_without_objects(small: list[str], edit: Callable, capsys):
+    root = edit(lambda data: data["annotations"].clear())
+    fails_with(capsys, [*small, "--coco_path", str(root)], "instances_train2017.json")
+
+
+def test_more_objects_than_queries(small: list[str], capsys):
+    fails_with(capsys, [*small, "--num_queries", "1"], "objects", "--num_queries")
+
+
+def test_missing_image(small: list[str], edit: Callable, capsys):
+    root = edit(lambda data: None)
+    path = sorted((root / "train2017").iterdir())[3]
+    path.unlink()
+    fails_with(capsys, [*small, "--coco_path", str(root)], str(path))
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_truncated_image(small: list[str], edit: Callable, capsys, workers: str):
+    root = edit(lambda data: None)
+    args = [*small, "--coco_path", str(root), "--num_workers", workers]
+    path = sorted((root / "train2017").iterdir())[3]
+    path.write_bytes(path.read_bytes()[:600])
+    assert main(args) == 0
+    assert f"unreadable image skipped, 1 in this epoch: {path.name}" in capsys.readouterr().out
+    fails_with(capsys, [*args, "--strict_data"], str(path))
+    path = sorted((root / "val2017").iterdir())[3]
+    path.write_bytes(path.read_bytes()[:600])
+    fails_with(capsys, args, str(path))
+
+
+def test_image_modes(small: list[str], edit: Callable):
+    """Greyscale, palette, CMYK and 16-bit images train like any other."""
+    root = edit(lambda data: None)
+    paths = sorted((root / "train2017").iterdir())
+    for path, mode in zip(paths, ("L", "P", "CMYK", "I;16"), strict=False):
+        image = Image.open(path).convert("L" if mode == "I;16" else mode)
+        kind = "JPEG" if mode in ("L", "CMYK") else "PNG"
+        image.convert(mode).save(path, format=kind)
+    assert main([*small, "--coco_path", str(root), "--strict_data"]) == 0
+
+
+class Malicious:
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def test_bad_checkpoints(small: list[str], trained: Path, tmp_path: Path, capsys, monkeypatch):
+    args, path = [*small, "--eval", "--resume"], tmp_path / "x.pth"
+    fails_with(capsys, [*args, str(path)], "x.pth")
+    path.write_bytes(b"")
+    fails_with(capsys, [*args, str(path)], "x.pth", "empty")
+    good = (trained / "checkpoint.pth").read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    fails_with(capsys, [*args, str(path)], "x.pth", "truncated")
+    torch.save({"model": Malicious()}, path)
+    monkeypatch.chdir(tmp_path)
+    command = [
+        str(Path(__file__).parent.parent / a) if a.startswith("configs/") else a for a in args
+    ]
+    fails_with(capsys, [*command, str(path)], "x.pth", "refused")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_checkpoint_of_another_model(small: list[str], trained: Path, capsys):
+    args = [*small, "--eval", "--resume", str(trained / "checkpoint.pth")]
+    assert main([*args, "--hidden_dim", "64", "--dec_layers", "4"]) == 2
+    error = capsys.readouterr().err
+    assert "missing: " in error
+    assert "mismatched: " in error
+    assert "... and " in error
+    assert "transformer.decoder.layers.2.linear1.weight" in error
+
+
+def test_unwritable_output(small: list[str], tmp_path: Path, capsys):
+    (tmp_path / "out").write_text("a file")
+    fails_with(capsys, small, str(tmp_path / "out"))
+
+
+def test_nothing_to_evaluate(small: list[str], capsys):
+    fails_with(capsys, [*small, "--eval"], "--resume")
+    fails_with(capsys, [*small, "--device", "cuda:77"], "cuda:77")

@@ -1,0 +1,210 @@
+"""Pictures to judge a detector by: boxes drawn on images, and the curves of training runs.
+
+`python -m util.visualize outputs/a outputs/b --output curves.png` compares two runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from util.errors import UserError
+
+SMALLEST = 640  # a smaller image is enlarged until its longer side has so many pixels
+MARGIN = 8  # pixels round the pictures of `side_by_side`
+
+# What is plotted: the end of a log's key, and what it is called.
+PANELS = {
+    "loss": "loss, sum of all terms",
+    "AP": "AP",
+    "AP50": "AP50",
+    "loss_ce": "classification loss, loss_ce",
+    "loss_bbox": "L1 loss, loss_bbox",
+    "loss_giou": "GIoU loss, loss_giou",
+}
+# The curves of each: how the key begins and ends, name, line style.
+CURVES = (
+    ("test_", "", "test", "-"),
+    ("ema_test_", "", "test, averaged weights", "-."),
+    ("train_", "", "train", "--"),
+    ("train_", "_dn", "train, denoising part", ":"),
+)
+
+
+def class_colour(label: int) -> tuple[int, int, int]:
+    """A label's RGB, the same in every picture; neighbours differ most."""
+    hue, saturation = label * 0.618034 % 1, (0.85, 0.5)[label // 8 % 2]
+    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, saturation, 1.0))
+
+
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Matplotlib's font, as PIL's own lacks most letters beyond the Latin ones."""
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+
+def draw_boxes(
+    image: Tensor,
+    boxes: Tensor,
+    labels: Sequence[int] | Tensor,
+    scores: Sequence[float] | Tensor | None = None,
+    names: Mapping[int, str] | None = None,
+    crowd: Sequence[bool] | None = None,
+) -> Image.Image:
+    """The image with boxes and captions: name and score. A small image is enlarged for them.
+
+    image (3, H, W) uint8 RGB; boxes (n, 4) xyxy in its pixels, the most important first; names
+    {label: name}, a label without one is shown itself; crowd marks boxes of many objects.
+    """
+    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    scale = max(1.0, SMALLEST / max(picture.size))
+    width, height = (max(round(scale * side), 1) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    draw, longer = ImageDraw.Draw(picture), max(width, height)
+    line, font = max(2, longer // 400), load_font(min(max(14, longer // 60), 28))
+
+    edges = (scale * boxes.detach().cpu().double().numpy().reshape(-1, 4)).round().astype(int)
+    edges = (edges - [0, 0, 1, 1]).clip(0, [width - 1, height - 1] * 2)  # the last pixels inside
+    edges[:, 2:] = np.maximum(edges[:, :2], edges[:, 2:])
+    captions, taken = [], np.zeros((0, 4), dtype=int)
+    for i, (x0, y0, x1, y1) in enumerate(edges.tolist()):
+        label = int(labels[i])
+        text = (names or {}).get(label, str(label))
+        text += " (crowd)" if crowd is not None and crowd[i] else ""
+        text += f" {float(scores[i]):.2f}" if scores is not None else ""
+        while font.getlength(text) + 6 > width and len(text) > 2:
+            text = text[:-2] + "…"
+        w, h = round(font.getlength(text)) + 6, sum(font.getmetrics())
+        # Along the box's upper or lower edge: the first place where captions overlap least.
+        ys = (y0 - h, y0, y1 + 1, y1 + 1 - h)
+        places = np.array([(x, y) for x in np.linspace(x0, x1 + 1 - w, 5, dtype=int) for y in ys])
+        places = places.clip(0, [max(width - w, 0), max(height - h, 0)])
+        places = np.concatenate([places, places + np.array([w, h])], axis=1)
+        upper_left = np.maximum(places[:, None, :2], taken[:, :2])
+        lower_right = np.minimum(places[:, None, 2:], taken[:, 2:])
+        overlap = (lower_right - upper_left).clip(0).prod(axis=2).sum(axis=1)
+        place = places[overlap.argmin()]
+        taken = np.concatenate([taken, place[None]])
+        captions.append((text, class_colour(label)))
+    # What matters most is drawn last, over the rest.
+    for (x0, y0, x1, y1), (_, colour) in list(zip(edges.tolist(), captions, strict=True))[::-1]:
+        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black", width=line + 2)
+        draw.rectangle((x0, y0, x1, y1), outline=colour, width=line)
+    for (x0, y0, x1, y1), (text, colour) in list(zip(taken.tolist(), captions, strict=True))[::-1]:
+        bright = np.dot(colour, (0.299, 0.587, 0.114)) > 120
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=colour)
+        draw.text((x0 + 3, y0), text, fill="black" if bright else "white", font=font)
+    return picture
+
+
+def side_by_side(
+    image: Tensor,
+    truth: Mapping,
+    predictions: Mapping,
+    names: Mapping[int, str] | None = None,
+    titles: tuple[str, str] = ("ground truth", "predictions"),
+) -> Image.Image:
+    """Ground truth at the left and predictions at the right, each under its title.
+
+    truth and predictions hold what `draw_boxes` takes: "boxes", "labels" and perhaps more.
+    """
+    parts = [draw_boxes(image, names=names, **part) for part in (truth, predictions)]
+    width, height = parts[0].size
+    font = load_font(min(max(16, max(width, height) // 45), 36))
+    top = 2 * MARGIN + sum(font.getmetrics())
+    column = MARGIN + max(width, *(round(font.getlength(title)) for title in titles))
+    sheet = Image.new("RGB", (MARGIN + 2 * column, top + height + MARGIN), "white")
+    for i, (part, title) in enumerate(zip(parts, titles, strict=True)):
+        left = MARGIN + i * column
+        ImageDraw.Draw(sheet).text((left, MARGIN), title, fill="black", font=font)
+        sheet.paste(part, (left, top))
+    return sheet
+
+
+def read_log(path: Path) -> dict[int, dict]:
+    """{epoch: its line} of a log.txt, with AP and AP50 under keys of their own.
+
+    Where a run was taken up again, the later line of an epoch counts. UserError if it is no log.
+    """
+    rows, number = {}, 0
+    try:
+        for line in path.read_text().splitlines():
+            number += 1
+            row = json.loads(line)
+            for prefix in ("test_", "ema_test_"):
+                if figures := row.get(f"{prefix}coco_eval_bbox"):
+                    row[f"{prefix}AP"], row[f"{prefix}AP50"] = figures[:2]
+            rows[int(row["epoch"])] = row
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}; name a run's log.txt") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: is no text; name a run's log.txt") from e
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{path}: line {number} is not JSON as log.txt has it; remove it") from e
+    return dict(sorted(rows.items()))
+
+
+def plot_log(log_files: str | Path | Sequence[str | Path], out_file: str | Path) -> None:
+    """Plot losses, AP and AP50 over epochs, a colour for each run, into a PNG, PDF or SVG file.
+
+    Each of `log_files` is a run's log.txt or directory. The loss in training includes denoising,
+    that in testing does not. UserError if a log holds nothing to plot or a file is out of reach.
+    """
+    paths = [Path(p) for p in ([log_files] if isinstance(log_files, str | Path) else log_files)]
+    paths = [path / "log.txt" if path.is_dir() else path for path in paths]
+    figure, styles = Figure(figsize=(13, 7.5), layout="constrained"), {}
+    axes = dict(zip(PANELS, figure.subplots(2, 3).flat, strict=True))
+    for i, path in enumerate(paths):
+        rows, plotted = read_log(path), False
+        for (key, axis), (begin, end, name, style) in itertools.product(axes.items(), CURVES):
+            values = {epoch: row.get(begin + key + end) for epoch, row in rows.items()}
+            # Not NaN, and not the AP of -1 that stands for no object.
+            values = {e: v for e, v in values.items() if isinstance(v, int | float) and v >= 0}
+            if values:
+                marker = "." if len(values) < 30 else ""
+                axis.plot(values.keys(), values.values(), style, color=f"C{i}", marker=marker)
+                styles[name], plotted = Line2D([], [], color="black", linestyle=style), True
+        if not plotted:
+            raise UserError(f"{path}: holds no losses and no AP; name the log.txt of a longer run")
+    for key, axis in axes.items():
+        axis.set(xlabel="epoch", ylabel=PANELS[key], ylim=(0, None))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    runs = [Line2D([], [], color=f"C{i}", linewidth=5) for i in range(len(paths))]
+    labels = [path.resolve().parent.name for path in paths]
+    figure.legend(runs, labels, loc="outside upper center", ncols=5, frameon=False)
+    labels, lines = styles.keys(), styles.values()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
+    try:
+        figure.savefig(out_file, dpi=120)
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise UserError(f"{out_file}: cannot be written: {reason}") from e
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("util.visualize", description="Plot losses and AP of runs.")
+    parser.add_argument("logs", nargs="+", metavar="LOG", help="a run's log.txt or its directory")
+    parser.add_argument("--output", required=True, metavar="PNG", help="picture to write")
+    args = parser.parse_args(argv)
+    try:
+        plot_log(args.logs, args.output)
+    except UserError as e:
+        print(f"{parser.prog}: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
