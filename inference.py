@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,16 +25,15 @@ from tqdm import trange
 
 from datasets.coco import ClassMap, CocoDetection, build_dataset, read_image
 from datasets.transforms import eval_transforms
-from main import choose_device, class_map_of
+from main import choose_device
 from models import build_model
-from util.checkpoint import load_weights, read_checkpoint
+from util.checkpoint import load_weights, num_classes_of, read_checkpoint
 from util.config import CONFIG_DIR, MODELS, Config, Parser, load_config
 from util.errors import UserError
 from util.logging import setup_logging
 from util.nested_tensor import nested_tensor_from_tensor_list
 from util.visualize import draw_boxes, side_by_side
 
-HEAD = re.compile(r"class_embed\.(\d+\.)?bias$")  # what gives a score to every class
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
@@ -89,11 +88,12 @@ def load_detector(
     if ema and not checkpoint.get("ema_model"):
         raise UserError(f"{path}: holds no averaged weights (ema_model); leave out --ema")
     cfg = load_config(config) if config else load_config(overrides=checkpoint["config"])
-    class_map = class_map_of(checkpoint)
-    nameless = class_map is None
-    if class_map is None:
-        count = count_classes(checkpoint) or 1
+    nameless = "class_map" not in checkpoint
+    if nameless:
+        count = num_classes_of(checkpoint) or 1  # without a class head, loading says what is wrong
         class_map = ClassMap.identity([{"id": i} for i in range(count)], count)
+    else:
+        class_map = ClassMap.from_state_dict(checkpoint["class_map"])
     cfg = dataclasses.replace(cfg, num_classes=class_map.num_classes)
     model, _, postprocess = build_model(cfg)
     try:
@@ -101,13 +101,6 @@ def load_detector(
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
     return Detector(model.to(device).eval(), postprocess, cfg, class_map, nameless)
-
-
-def count_classes(checkpoint: dict) -> int | None:
-    """The number of classes that the weights are for, wherever the file keeps them."""
-    parts = (checkpoint, *(v for v in checkpoint.values() if isinstance(v, dict)))
-    heads = (v for part in parts for k, v in part.items() if HEAD.search(str(k)))
-    return next(map(len, heads), None)
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:
@@ -214,7 +207,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         detector = load_detector(args.resume, config, choose_device(args.device), args.ema)
         if args.coco_path:
             cfg = dataclasses.replace(detector.cfg, coco_path=args.coco_path)
-            dataset = build_dataset(cfg, "val", None if detector.nameless else detector.class_map)
+            class_map = detector.class_map
+            if detector.nameless:
+                class_map = partial(ClassMap.of_released, num_classes=class_map.num_classes)
+            dataset = build_dataset(cfg, "val", class_map)
             dataset.transforms = lambda image, target: (image, target)  # `detect` has its own
             detector.class_map = dataset.class_map
             paths = [dataset.image_dir / name for name in dataset.file_names[: args.num_images]]

@@ -58,7 +58,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def prepare_output_dir(cfg: Config) -> Path | None:
+def prepare_output_dir(cfg: Config, argv: Sequence[str]) -> Path | None:
     """Make the output directory, with the config and the command in it; None if there is none."""
     if not cfg.output_dir:
         return None
@@ -67,7 +67,7 @@ def prepare_output_dir(cfg: Config) -> Path | None:
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
         with open(path / "command.txt", "a") as file:
-            file.write(shlex.join(["python", *sys.argv]) + "\n")
+            file.write(shlex.join(["python", "main.py", *argv]) + "\n")
     except OSError as e:
         raise UserError(f"output_dir: {path} cannot be written: {e.strerror}") from e
     return path
@@ -205,7 +205,8 @@ def check_queries(dataset: CocoDetection, cfg: Config) -> None:
         )
 
 
-def train(cfg: Config, device: torch.device) -> None:
+def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
+    """Train from the beginning or from a checkpoint, evaluating after every epoch."""
     checkpoint = read_resume(cfg)
     train_set = build_dataset(cfg, "train", class_map_of(checkpoint))
     class_map = train_set.class_map
@@ -220,7 +221,8 @@ def train(cfg: Config, device: torch.device) -> None:
         )
     run = Run(cfg, device, class_map, len(train_loader))
     run.begin(checkpoint)
-    output_dir = prepare_output_dir(cfg)
+    del checkpoint
+    output_dir = prepare_output_dir(cfg, argv)
     if output_dir is None:
         logger.warning("nothing of this run will be kept: there is no --output_dir")
     log = RunLog(output_dir) if output_dir else None
@@ -230,8 +232,8 @@ def train(cfg: Config, device: torch.device) -> None:
         *(cfg.modelname, device, class_map.num_classes, num_parameters / 1e6),
         *(len(train_set), len(val_loader.dataset)),
     )
-    start = time.perf_counter()
-    for epoch in range(run.epoch + 1, cfg.epochs):
+    start, first = time.perf_counter(), run.epoch + 1
+    for epoch in range(first, cfg.epochs):
         epoch_start = time.perf_counter()
         train_set.set_epoch(epoch)
         train_loader.sampler.set_epoch(epoch)
@@ -263,12 +265,14 @@ def train(cfg: Config, device: torch.device) -> None:
                 | {"epoch": epoch, "n_parameters": num_parameters}
                 | {"epoch_time": str(timedelta(seconds=int(time.perf_counter() - epoch_start)))}
             )
-        done, left = epoch + 1 - cfg.start_epoch, cfg.epochs - epoch - 1
-        average = (time.perf_counter() - start) / max(done, 1)
+        average = (time.perf_counter() - start) / (epoch + 1 - first)
         logger.info(
             "epoch %d: loss %.3f, AP %.3f, AP50 %.3f, %.1f images/s, left %s",
             *(epoch, stats["loss"], *test_stats["test_coco_eval_bbox"][:2]),
-            *(stats["images_per_second"], timedelta(seconds=int(average * left))),
+            *(
+                stats["images_per_second"],
+                timedelta(seconds=int(average * (cfg.epochs - epoch - 1))),
+            ),
         )
     if log:
         log.close()
@@ -306,11 +310,15 @@ def evaluate_only(cfg: Config, device: torch.device) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0; 1 for a loss that is not finite; 2 for a mistake of the user."""
     setup_logging()
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
         cfg = parse_command_line(argv)
         device = choose_device(cfg.device)
         seed_everything(cfg.seed)
-        (evaluate_only if cfg.eval or cfg.test else train)(cfg, device)
+        if cfg.eval or cfg.test:
+            evaluate_only(cfg, device)
+        else:
+            train(cfg, device, argv)
     except UserError as e:
         print(f"main.py: error: {e}", file=sys.stderr)
         return 2

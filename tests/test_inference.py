@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 
 import inference
 from datasets.coco import ClassMap, CocoDetection, read_image
-from datasets.toy import CATEGORIES, make_toy_coco
+from datasets.toy import CATEGORIES
 from datasets.transforms import eval_transforms
 from models import build_model
 from util import visualize
@@ -46,12 +46,7 @@ GREY = torch.full((3, 600, 700), 128, dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> Path:
-    return make_toy_coco(tmp_path_factory.mktemp("toy"), num_train=1, num_val=5, size=96)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(toy) -> dict:
+def checkpoint() -> dict:
     """What main.py would save, with other weights for the average."""
     categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
     class_map = ClassMap.from_categories(categories)
@@ -258,8 +253,10 @@ def test_boxes_are_drawn_where_they_are():
     assert pixels.shape == (600, 700, 3)
     for (x0, y0, x1, y1), label in zip(boxes.int().tolist(), (0, 4), strict=True):
         colour = class_colour(label)
-        assert (pixels[y0 + 20 : y1 - 20, [x0, x1 - 1]] == colour).all()
-        assert (pixels[[y0, y1 - 1], x0 + 80 : x1 - 20] == colour).all()
+        edge, around = [x0, x0 + 1, x1 - 2, x1 - 1], [x0 - 1, x0 + 2, x1 - 3, x1]
+        assert (pixels[y0 + 20 : y1 - 20, edge] == colour).all()
+        assert (pixels[y0 + 20 : y1 - 20, around] == 0).all()
+        assert (pixels[[y0, y0 + 1, y1 - 2, y1 - 1], x0 + 80 : x1 - 20] == colour).all()
         assert (pixels[y0 + 5 : y1 - 5, x0 + 5 : x1 - 5] == 128).all()
         assert (pixels[y0 - 4, x0 : x0 + 6] == colour).all()  # the caption's background
     assert class_colour(0) != class_colour(4)
@@ -363,12 +360,11 @@ def test_broken_logs(content, message, tmp_path, capsys):
     assert not (tmp_path / "plot.png").exists()
 
 
-def test_plot_from_the_command_line(tmp_path):
+def test_plot_command(tmp_path):
     log = write_log(tmp_path / "run" / "log.txt", 3, test=True)
-    command = [sys.executable, "-m", "util.visualize", log.parent, "--output"]
-    done = subprocess.run([*command, tmp_path / "plot.png"], cwd=ROOT, capture_output=True)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    output = tmp_path / "plot.png"
+    assert visualize.main([str(log.parent), str(log), "--output", str(output)]) == 0
+    assert output.stat().st_size > 10_000
     for name in ("none/plot.png", "plot.xyz"):
         with pytest.raises(UserError, match="cannot be written"):
             plot_log(log, tmp_path / name)

@@ -57,7 +57,7 @@ def test_a_run_leaves_what_it_should(trained: Path):
     assert log[0]["train_loss"] == pytest.approx(terms, rel=1e-4)
     config = json.loads((trained / "config.json").read_text())
     assert config["hidden_dim"] == 32
-    assert (trained / "command.txt").read_text().startswith("python ")
+    assert (trained / "command.txt").read_text().startswith("python main.py -c ")
     assert list(trained.glob("events.out.tfevents.*"))
     checkpoint = read_checkpoint(trained / "checkpoint.pth")
     wanted = ("model", "ema_model", "optimizer", "lr_scheduler", "epoch", "rng", "config")
