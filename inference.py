@@ -25,10 +25,10 @@ from tqdm import trange
 
 from datasets.coco import ClassMap, CocoDetection, build_dataset, read_image
 from datasets.transforms import eval_transforms
-from main import choose_device
 from models import build_model
 from util.checkpoint import load_weights, num_classes_of, read_checkpoint
 from util.config import CONFIG_DIR, MODELS, Config, Parser, load_config
+from util.distributed import choose_device
 from util.errors import UserError
 from util.logging import setup_logging
 from util.nested_tensor import nested_tensor_from_tensor_list
@@ -96,10 +96,7 @@ def load_detector(
         class_map = ClassMap.from_state_dict(checkpoint["class_map"])
     cfg = dataclasses.replace(cfg, num_classes=class_map.num_classes)
     model, _, postprocess = build_model(cfg)
-    try:
-        load_weights(model, checkpoint["ema_model"] if ema else checkpoint)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
+    load_weights(model, checkpoint["ema_model"] if ema else checkpoint, source=str(path))
     return Detector(model.to(device).eval(), postprocess, cfg, class_map, nameless)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import random
 import shlex
 import sys
 import time
@@ -14,7 +13,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -33,29 +31,13 @@ from util.checkpoint import (
     set_rng_state,
 )
 from util.config import Config, parse_command_line
+from util.distributed import choose_device, seed_everything
 from util.ema import ModelEma
 from util.errors import UserError
 from util.logging import RunLog, setup_logging
 from util.optim import build_optimizer, build_scheduler
 
 logger = logging.getLogger("main")
-
-
-def choose_device(name: str) -> torch.device:
-    if not name:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device: {name} cannot be used here: {str(e).splitlines()[0]}") from e
-    return device
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def prepare_output_dir(cfg: Config, argv: Sequence[str]) -> Path | None:
