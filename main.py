@@ -31,7 +31,7 @@ from util.checkpoint import (
     set_rng_state,
 )
 from util.config import Config, parse_command_line
-from util.distributed import choose_device, seed_everything
+from util.distributed import choose_device, refuse_many_processes, seed_everything
 from util.ema import ModelEma
 from util.errors import UserError
 from util.logging import RunLog, setup_logging
@@ -98,6 +98,8 @@ class Run:
         self.cfg, self.device, self.class_map = cfg, device, class_map
         self.epoch = cfg.start_epoch - 1  # the last complete one
         model, criterion, self.postprocess = build_model(cfg)
+        if device.type == "cpu":  # where convolutions are a tenth to a fifth faster so
+            model.backbone.to(memory_format=torch.channels_last)
         self.model, self.criterion = model.to(device), criterion.to(device)
         self.optimizer = build_optimizer(self.model, cfg)
         self.scheduler, self.every_step = build_scheduler(self.optimizer, cfg, steps)
@@ -295,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         cfg = parse_command_line(argv)
+        refuse_many_processes()
         device = choose_device(cfg.device)
         seed_everything(cfg.seed)
         if cfg.eval or cfg.test:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torchvision
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -337,6 +339,53 @@ def test_checkpoint_of_another_model(small: list[str], trained: Path, capsys):
 def test_unwritable_output(small: list[str], tmp_path: Path, capsys):
     (tmp_path / "out").write_text("a file")
     fails_with(capsys, small, str(tmp_path / "out"))
+
+
+def test_one_process_only(small: list[str], capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    fails_with(capsys, small, "WORLD_SIZE is 8")
+
+
+def test_backbone_weights_from_a_file(small: list[str], tmp_path: Path, capsys):
+    """As torchvision ships them: with a classifier, and for a BatchNorm that counts its steps."""
+    resnet = torchvision.models.resnet18()
+    resnet.bn1.running_mean.fill_(0.25)
+    path = tmp_path / "resnet18.pth"
+    torch.save(resnet.state_dict(), path)
+    args = [*small, "--backbone", "resnet18", "--pretrained_backbone", "true"]
+    args += ["--batch_norm_type", "FrozenBatchNorm2d", "--return_interm_indices", "2", "--debug"]
+    assert main([*args, "--backbone_weights", str(path)]) == 0
+    weights = read_checkpoint(Path(small[-1]) / "checkpoint.pth")["model"]
+    for name in (
+        "conv1.weight",
+        "bn1.running_mean",
+        "layer1.1.conv2.weight",
+    ):  # frozen, so unchanged
+        assert torch.equal(weights[f"backbone.0.body.{name}"], resnet.state_dict()[name]), name
+    torch.save(torchvision.models.resnet34().layer1.state_dict(), path)
+    assert main([*args, "--backbone_weights", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "resnet18.pth" in error
+    assert "missing: " in error
+
+
+def test_timm_backbone_weights_from_a_file(small: list[str], tmp_path: Path):
+    source = timm.create_model("resnet10t")
+    path = tmp_path / "resnet10t.pth"
+    torch.save(source.state_dict(), path)
+    args = [*small, "--pretrained_backbone", "true", "--batch_norm_type", "FrozenBatchNorm2d"]
+    assert main([*args, "--debug", "--backbone_weights", str(path)]) == 0
+    weights = read_checkpoint(Path(small[-1]) / "checkpoint.pth")["model"]
+    name = "layer1.0.conv1.weight"
+    assert torch.equal(weights[f"backbone.0.body.{name}"], source.state_dict()[name])
+
+
+def test_download_that_fails(small: list[str], capsys, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    args = [*small, "--pretrained_backbone", "true", "--backbone", "resnet18"]
+    fails_with(capsys, args, "resnet18", "--backbone_weights", "--no_pretrained_backbone")
 
 
 def test_nothing_to_evaluate(small: list[str], capsys):

@@ -1,5 +1,6 @@
-"""The device a process works on, and the random streams it starts with."""
+"""Processes: how many, the device of each, and the random streams it starts with."""
 
+import os
 import random
 
 import numpy as np
@@ -18,6 +19,13 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device: {name} cannot be used here: {str(e).splitlines()[0]}") from e
     return device
+
+
+def refuse_many_processes() -> None:
+    """UserError under torchrun: each process would train alone, over the other ones' files."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise UserError(f"WORLD_SIZE is {world_size}: only one process can train as yet")
 
 
 def seed_everything(seed: int) -> None:
