@@ -90,9 +90,13 @@ def test_num_classes_overrides():
         ClassMap.from_categories(CATEGORIES, 1)
 
 
-def test_identity_leaves_out_what_the_labels_do_not_reach():
-    class_map = ClassMap.identity(categories([90, 1, 95]), 91)
-    assert class_map.ids == {1: 1, 90: 90} and class_map.num_classes == 91
+def test_labels_of_a_released_checkpoint():
+    """Ids are labels where the class head reaches them, and are numbered where it does not."""
+    assert ClassMap.of_released(categories([90, 1]), 91).ids == {1: 1, 90: 90}
+    assert ClassMap.of_released(categories([2, 1, 3]), 4).ids == {1: 1, 2: 2, 3: 3}
+    assert ClassMap.of_released(categories([2, 1, 3]), 3).ids == {0: 1, 1: 2, 2: 3}
+    with pytest.raises(UserError, match=r"num_classes is 2.* 3 categories"):
+        ClassMap.of_released(categories([90, 1, 95]), 2)
 
 
 def test_class_map_survives_json_and_checkpoints(tmp_path):
