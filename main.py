@@ -40,16 +40,17 @@ from util.optim import build_optimizer, build_scheduler
 logger = logging.getLogger("main")
 
 
-def prepare_output_dir(cfg: Config, argv: Sequence[str]) -> Path | None:
-    """Make the output directory, with the config and the command in it; None if there is none."""
+def prepare_output_dir(cfg: Config, argv: Sequence[str] | None = None) -> Path | None:
+    """Make the output directory, if one is named, and with `argv` keep config and command there."""
     if not cfg.output_dir:
         return None
     path = Path(cfg.output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-        with open(path / "command.txt", "a") as file:
-            file.write(shlex.join(["python", "main.py", *argv]) + "\n")
+        if argv is not None:
+            (path / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+            with open(path / "command.txt", "a") as file:
+                file.write(shlex.join(["python", "main.py", *argv]) + "\n")
     except OSError as e:
         raise UserError(f"output_dir: {path} cannot be written: {e.strerror}") from e
     return path
@@ -121,9 +122,10 @@ class Run:
         }
 
     def begin(self, checkpoint: dict | None) -> None:
-        """Load the weights that the run begins with: a checkpoint's, a pretrained model's, or the
+        """Take up the run of a checkpoint, or begin one with a pretrained model's weights or the
         backbone's alone."""
         if checkpoint is not None:
+            self.load(checkpoint)
             return self.resume(checkpoint)
         if self.cfg.pretrain_model_path:
             path, ignore = self.cfg.pretrain_model_path, self.cfg.finetune_ignore
@@ -134,20 +136,29 @@ class Run:
         if self.ema:
             self.ema.load_state_dict(self.model.state_dict())
 
-    def resume(self, checkpoint: dict) -> None:
-        """Take a run up where `checkpoint` left it.
-
-        The authors' checkpoints order the optimiser's state otherwise and hold no random state:
-        of these, weights and epoch are taken.
-        """
+    def load(self, checkpoint: dict) -> None:
+        """The weights of a checkpoint, and of its average."""
         load_weights(self.model, checkpoint, source=self.cfg.resume)
-        self.epoch = checkpoint.get("epoch", self.epoch)
         if self.ema:
             self.ema.load_state_dict(checkpoint.get("ema_model") or self.model.state_dict())
-        if "config" not in checkpoint:
+
+    def resume(self, checkpoint: dict) -> None:
+        """Go on from the epoch, and with the optimiser, schedule and random state of a checkpoint.
+
+        The authors' checkpoints order the optimiser's state otherwise and hold no random state:
+        of these only the epoch is taken.
+        """
+        self.epoch = checkpoint.get("epoch", self.epoch)
+        if "rng" not in checkpoint:
             logger.warning("resume: not a checkpoint of this project, so the optimiser starts anew")
             return
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as e:
+            raise UserError(
+                f"resume: {self.cfg.resume} has other parameter groups; go on with its "
+                "own lr, lr_backbone, weight_decay, param_dict_type and pretrained_backbone"
+            ) from e
         self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         set_rng_state(checkpoint["rng"])
@@ -250,13 +261,11 @@ def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
                 | {"epoch_time": str(timedelta(seconds=int(time.perf_counter() - epoch_start)))}
             )
         average = (time.perf_counter() - start) / (epoch + 1 - first)
+        left = timedelta(seconds=int(average * (cfg.epochs - epoch - 1)))
         logger.info(
             "epoch %d: loss %.3f, AP %.3f, AP50 %.3f, %.1f images/s, left %s",
             *(epoch, stats["loss"], *test_stats["test_coco_eval_bbox"][:2]),
-            *(
-                stats["images_per_second"],
-                timedelta(seconds=int(average * (cfg.epochs - epoch - 1))),
-            ),
+            *(stats["images_per_second"], left),
         )
     if log:
         log.close()
@@ -268,22 +277,20 @@ def evaluate_only(cfg: Config, device: torch.device) -> None:
     checkpoint = read_resume(cfg)
     if checkpoint is None:
         raise UserError("resume: --eval and --test need the checkpoint to evaluate, --resume FILE")
+    output_dir = prepare_output_dir(cfg)
+    if cfg.test and output_dir is None:
+        raise UserError("output_dir: --test writes its detections there")
     split = "test" if cfg.test else "val"
     dataset = build_dataset(cfg, split, class_map_of(checkpoint))
     cfg = dataclasses.replace(cfg, num_classes=dataset.class_map.num_classes)
     run = Run(cfg, device, dataset.class_map)
-    run.begin(checkpoint)
+    run.load(checkpoint)
     loader = build_loader(dataset, cfg, train=False)
-    output_dir = Path(cfg.output_dir) if cfg.output_dir else None
-    if output_dir:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    if cfg.eval:
+    if not cfg.test:
         stats = run.evaluate(loader, output_dir)
         if output_dir:
             (output_dir / "eval.json").write_text(json.dumps(stats, indent=2) + "\n")
         return
-    if output_dir is None:
-        raise UserError("output_dir: --test writes its detections there")
     evaluator = CocoEvaluator(dataset)
     parts = (run.model, run.criterion, run.postprocess, loader, evaluator, device)
     evaluate(*parts, cfg, annotated=False)
@@ -304,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluate_only(cfg, device)
         else:
             train(cfg, device, argv)
-    except UserError as e:
+    except (UserError, OSError) as e:  # an OSError names its file
         print(f"main.py: error: {e}", file=sys.stderr)
         return 2
     except NonFiniteLoss as e:

@@ -20,7 +20,7 @@ NORMS = {
 TIMM = "timm/"
 TIMM_NORMS = {  # a timm model brings its own normalisation; only BatchNorm is exchanged
     "FrozenBatchNorm2d": freeze_batch_norm_2d,
-    "BatchNorm2d": nn.Identity(),
+    "BatchNorm2d": lambda body: body,
     "SyncBatchNorm": convert_sync_batchnorm,
 }
 

@@ -341,6 +341,13 @@ def test_unwritable_output(small: list[str], tmp_path: Path, capsys):
     fails_with(capsys, small, str(tmp_path / "out"))
 
 
+def test_other_training_settings(small: list[str], trained: Path, capsys):
+    """Evaluation does not mind them; training cannot go on with another optimiser."""
+    args = [*small, "--resume", str(trained / "checkpoint0000.pth"), "--lr_backbone", "1e-5"]
+    assert main([*args, "--eval"]) == 0
+    fails_with(capsys, [*args, "--epochs", "3"], "other parameter groups", "lr_backbone")
+
+
 def test_one_process_only(small: list[str], capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     fails_with(capsys, small, "WORLD_SIZE is 8")
