@@ -25,7 +25,8 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python -m datasets.toy --root $(DATA) --num_val 200
 	$(BIN)/python main.py -c configs/toy/$(MODEL).py --coco_path $(DATA) --output_dir $(OUT)
-	$(BIN)/python inference.py --resume $(OUT)/checkpoint.pth --coco_path $(DATA) --output_dir $(OUT)/pictures
+	$(BIN)/python inference.py --resume $(OUT)/checkpoint.pth --coco_path $(DATA) --threshold 0.2 \
+		--output_dir $(OUT)/pictures
 	$(BIN)/python -m util.visualize $(OUT)/log.txt --output $(OUT)/training.png
 	@echo "Pictures: $(OUT)/pictures, loss and AP by epoch: $(OUT)/training.png"
 
