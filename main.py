@@ -73,7 +73,9 @@ def class_map_of(checkpoint: dict | None) -> ClassMap | Callable | None:
         return None
     if "class_map" in checkpoint:
         return ClassMap.from_state_dict(checkpoint["class_map"])
-    return partial(ClassMap.of_released, num_classes=num_classes_of(checkpoint))
+    num_classes = num_classes_of(checkpoint)
+    # Without a class head it is no detector's; loading its weights will say what is wrong.
+    return partial(ClassMap.of_released, num_classes=num_classes) if num_classes else None
 
 
 def build_loader(dataset: CocoDetection, cfg: Config, train: bool) -> DataLoader:
@@ -185,8 +187,9 @@ class Run:
 
 
 def write_results(evaluator: CocoEvaluator, path: Path) -> None:
-    path.write_text(json.dumps(evaluator.detections))
-    logger.info("%d detections in %s", len(evaluator.detections), path)
+    detections = evaluator.detections
+    path.write_text(json.dumps(detections))
+    logger.info("%d detections in %s", len(detections), path)
 
 
 def check_queries(dataset: CocoDetection, cfg: Config) -> None:

@@ -336,6 +336,14 @@ def test_checkpoint_of_another_model(small: list[str], trained: Path, capsys):
     assert "transformer.decoder.layers.2.linear1.weight" in error
 
 
+def test_checkpoint_of_no_detector(small: list[str], tmp_path: Path, capsys):
+    torch.save({"fc.weight": torch.zeros(10, 4)}, tmp_path / "classifier.pth")
+    assert main([*small, "--eval", "--resume", str(tmp_path / "classifier.pth")]) == 2
+    error = capsys.readouterr().err
+    assert "classifier.pth: does not fit the model" in error
+    assert "unexpected: 1" in error
+
+
 def test_unwritable_output(small: list[str], tmp_path: Path, capsys):
     (tmp_path / "out").write_text("a file")
     fails_with(capsys, small, str(tmp_path / "out"))
