@@ -1,5 +1,6 @@
 # make demo    install, make the toy data set, train a small model on it, draw what it detects
 # make test    install, run every test
+# make op      compile deformable attention, for the CPU and for CUDA where its toolkit is
 # make lint    check formatting and style
 #
 # Each makes the virtual environment .venv when there is none and reuses it when there is.
@@ -10,8 +11,9 @@ BIN := $(VENV)/bin
 MODEL ?= dn_dab_detr
 DATA := outputs/toy_coco
 OUT := outputs/demo
+CPU_OP := ops/libms_deform_attn_cpu.so
 
-.PHONY: demo test lint clean
+.PHONY: demo test op lint clean
 
 $(VENV)/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,7 +24,15 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-demo: $(VENV)/.installed
+# Without a compiler this fails, which is no reason to stop: the PyTorch reference is used.
+$(CPU_OP): ops/setup.py ops/src/ms_deform_attn_cpu.cpp $(VENV)/.installed
+	-MS_DEFORM_ATTN_CPU_ONLY=1 $(BIN)/python ops/setup.py --quiet build_ext --inplace
+
+op: $(VENV)/.installed
+	$(BIN)/python ops/setup.py --quiet build_ext --inplace
+	$(BIN)/python -m ops
+
+demo: $(VENV)/.installed $(CPU_OP)
 	$(BIN)/python -m datasets.toy --root $(DATA) --num_val 200
 	$(BIN)/python main.py -c configs/toy/$(MODEL).py --coco_path $(DATA) --output_dir $(OUT)
 	$(BIN)/python inference.py --resume $(OUT)/checkpoint.pth --coco_path $(DATA) --threshold 0.2 \
@@ -30,7 +40,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m util.visualize $(OUT)/log.txt --output $(OUT)/training.png
 	@echo "Pictures: $(OUT)/pictures, loss and AP by epoch: $(OUT)/training.png"
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(CPU_OP)
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev
@@ -38,4 +48,4 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) outputs ops/build ops/*.so

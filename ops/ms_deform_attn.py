@@ -1,0 +1,314 @@
+"""Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, section 4.1).
+
+`ms_deform_attn` is one entry to three backends: a PyTorch reference, a C++ kernel for the CPU and
+a CUDA kernel. `MSDeformAttn` is the attention module around it. Both work without any build.
+"""
+
+import functools
+import logging
+import math
+import os
+
+import torch
+from torch import Tensor, nn
+
+from . import native
+from .reference import ms_deform_attn_reference, ms_deform_attn_reference_backward
+
+BACKENDS = ("reference", "cpp", "cuda")
+_VARIABLE = "MS_DEFORM_ATTN_BACKEND"
+_log = logging.getLogger(__name__)
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Weighted sums of values sampled at a few locations of every feature level.
+
+        output[b, q, m] = sum over l, p of weight[b, q, m, l, p] * value_l(location[b, q, m, l, p])
+
+    where value_l, the rows of level l for image b and head m, is bilinear with pixel centres at
+    (i + 0.5) / size (`align_corners=False`) and zero outside. A location that is NaN is outside.
+
+    Args:
+        value: (B, S, M, D), the levels one after another; M heads of D channels. float64, float32,
+            float16 or bfloat16; the half types are added up in float32.
+        spatial_shapes: (L, 2) int64, the (height, width) of each level.
+        level_start_index: (L,) int64, the row of `value` where each level begins.
+        sampling_locations: (B, Q, M, L, P, 2), (x, y) in fractions of the level's width and height.
+        attention_weights: (B, Q, M, L, P), used as they are.
+            Both floating; float64 if and only if `value` is. float32 beside a half `value` keeps
+            the locations' precision.
+
+    Returns:
+        (B, Q, M * D) in the type of `value`.
+
+    Raises:
+        ValueError, TypeError: naming the argument with the wrong shape, type or device. On the CPU
+            the levels must lie inside `value` without overlap; on a GPU, where looking would make
+            it wait, a level that does not fit makes the output NaN.
+        RuntimeError: `MS_DEFORM_ATTN_BACKEND` forces a backend that is absent. Differentiating
+            twice.
+    """
+    _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    return torch.ops.dn_dino.ms_deform_attn(
+        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+    )
+
+
+def _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights) -> None:
+    """Types, devices and shapes; the sizes B, S, M, D, Q, L, P are read off as they first occur."""
+    arguments = {
+        "value": (value, "BSMD"),
+        "spatial_shapes": (spatial_shapes, "L2"),
+        "level_start_index": (level_start_index, "L"),
+        "sampling_locations": (sampling_locations, "BQMLP2"),
+        "attention_weights": (attention_weights, "BQMLP"),
+    }
+    sizes = {"2": 2}
+    for name, (tensor, axes) in arguments.items():
+        integral = name in ("spatial_shapes", "level_start_index")
+        if integral and tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, not {tensor.dtype}")
+        if not integral and tensor.dtype not in native.TYPE_CODES:
+            raise TypeError(f"{name} must be float64, 32, 16 or bfloat16, not {tensor.dtype}")
+        if not integral and (tensor.dtype == torch.float64) != (value.dtype == torch.float64):
+            raise TypeError(f"{name} is {tensor.dtype} beside a value of {value.dtype}")
+        if tensor.device != value.device:
+            raise ValueError(f"{name} is on {tensor.device}, value on {value.device}")
+        fits = tensor.dim() == len(axes) and all(
+            sizes.setdefault(axis, size) == size
+            for axis, size in zip(axes, tensor.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join(f"{a}={sizes[a]}" if a in sizes and a != "2" else a for a in axes)
+            raise ValueError(f"{name} must have shape ({wanted}), not {tuple(tensor.shape)}")
+
+
+def choose_backend(device: torch.device) -> str:
+    """The backend for tensors on `device`: "cpp" on a CPU and "cuda" on a GPU where they are built,
+    else "reference"; the environment variable MS_DEFORM_ATTN_BACKEND forces one.
+
+    Raises RuntimeError where the forced one is unknown, absent, or made for another device.
+    """
+    forced = os.environ.get(_VARIABLE)
+    if forced:
+        if forced not in BACKENDS:
+            raise RuntimeError(f"{_VARIABLE}={forced}: choose one of {', '.join(BACKENDS)}")
+        if forced != "reference":
+            try:
+                native.load(forced)
+            except native.Unavailable as error:
+                raise RuntimeError(f"{_VARIABLE}={forced}: {error}") from error
+            if forced != _COMPILED.get(device.type):
+                raise RuntimeError(f"{_VARIABLE}={forced} cannot work on tensors on {device}")
+        return forced
+    return _default_backend(device.type)
+
+
+_COMPILED = {"cpu": "cpp", "cuda": "cuda"}
+
+
+@functools.cache
+def _default_backend(device_type: str) -> str:
+    backend = _COMPILED.get(device_type)
+    if backend is None:
+        return "reference"
+    try:
+        native.load(backend)
+    except native.Unavailable as error:
+        _log.warning("deformable attention runs on its slow PyTorch reference: %s", error)
+        return "reference"
+    return backend
+
+
+# The operator, as torch.compile and torch.export see it. Which backend runs is decided in the call.
+
+torch.library.define(
+    "dn_dino::ms_deform_attn",
+    "(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations,"
+    " Tensor attention_weights) -> Tensor",
+)
+torch.library.define(
+    "dn_dino::ms_deform_attn_backward",
+    "(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index,"
+    " Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("dn_dino::ms_deform_attn", "default")
+def _forward(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
+    _check_levels(value, spatial_shapes, level_start_index)
+    inputs = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+    if _nothing_to_do(value, sampling_locations):
+        return _fake_forward(*inputs).zero_()
+    backend = choose_backend(value.device)
+    if backend == "reference":
+        return ms_deform_attn_reference(*inputs)
+    return native.forward(backend, *inputs)
+
+
+@torch.library.impl("dn_dino::ms_deform_attn_backward", "default")
+def _backward(grad_output, *inputs):
+    value, _, _, locations, weights = inputs
+    if _nothing_to_do(value, locations):
+        return torch.zeros_like(value), torch.zeros_like(locations), torch.zeros_like(weights)
+    backend = choose_backend(value.device)
+    if backend == "cuda":
+        _alert_not_deterministic()
+    if backend == "reference":
+        return ms_deform_attn_reference_backward(grad_output, *inputs)
+    return native.backward(backend, grad_output, *inputs)
+
+
+@torch.library.register_fake("dn_dino::ms_deform_attn")
+def _fake_forward(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
+    B, _, M, D = value.shape
+    return value.new_empty(B, sampling_locations.shape[1], M * D)
+
+
+@torch.library.register_fake("dn_dino::ms_deform_attn_backward")
+def _fake_backward(grad_output, *inputs):
+    value, _, _, locations, weights = inputs
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (value, locations, weights)
+    )
+
+
+def _differentiate(ctx, grad_output):
+    grads = torch.ops.dn_dino.ms_deform_attn_backward(grad_output, *ctx.saved_tensors)
+    return grads[0], None, None, *grads[1:]
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "ms_deform_attn has no second derivative; differentiate once, or call"
+        " ops.reference.ms_deform_attn_reference, which autograd differentiates as often as needed"
+    )
+
+
+torch.library.register_autograd(
+    "dn_dino::ms_deform_attn",
+    _differentiate,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+torch.library.register_autograd("dn_dino::ms_deform_attn_backward", _refuse_second_derivative)
+
+
+def _nothing_to_do(value: Tensor, locations: Tensor) -> bool:
+    return value.numel() == 0 or locations.numel() == 0
+
+
+def _check_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
+    """On the CPU: raises ValueError unless the levels lie in `value` one after another."""
+    if value.device.type != "cpu":
+        return
+    end = 0
+    for (height, width), start in zip(
+        spatial_shapes.tolist(), level_start_index.tolist(), strict=True
+    ):
+        if height <= 0 or width <= 0:
+            raise ValueError(f"spatial_shapes has a level of {height} x {width} pixels")
+        if start < end:
+            raise ValueError(f"level_start_index begins a level at {start}, before row {end}")
+        end = start + height * width
+    if end > value.shape[1]:
+        raise ValueError(f"spatial_shapes needs {end} rows, value has {value.shape[1]}")
+
+
+def _alert_not_deterministic() -> None:
+    """What torch's own operators do that add with atomics."""
+    if torch.are_deterministic_algorithms_enabled():
+        message = (
+            "the backward of ms_deform_attn on CUDA adds in no fixed order; for the slower order"
+            f" that is fixed set {_VARIABLE}=reference"
+        )
+        if not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(message)
+        _log.warning(message)
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention: each query samples `n_points` locations of each level.
+
+    The locations and their weights are linear in the query; the samples come from a projection of
+    the memory. Parameters bear the released names; initially head m looks along the angle
+    2 pi m / n_heads, point p at p + 1 pixels, with equal weights.
+
+    Args:
+        d_model: channels of queries, memory and output; a multiple of `n_heads`.
+        n_levels, n_heads, n_points: levels, attention heads, and points on each level and head.
+    """
+
+    def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4):
+        super().__init__()
+        if d_model % n_heads:
+            raise ValueError(f"d_model={d_model} is not a multiple of n_heads={n_heads}")
+        self.n_levels, self.n_heads, self.n_points = n_levels, n_heads, n_points
+        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
+        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
+        self.value_proj = nn.Linear(d_model, d_model)
+        self.output_proj = nn.Linear(d_model, d_model)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the initial values that the class describes."""
+        angle = torch.arange(self.n_heads) * (2 * math.pi / self.n_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+        distance = torch.arange(1, self.n_points + 1)
+        offsets = direction[:, None, None] * distance[:, None]
+        offsets = offsets.expand(-1, self.n_levels, -1, -1)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.flatten())
+        for constant in (self.sampling_offsets.weight, *self.attention_weights.parameters()):
+            nn.init.zeros_(constant)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        memory: Tensor,
+        spatial_shapes: Tensor,
+        level_start_index: Tensor,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """query (B, Q, D), memory (B, S, D) -> (B, Q, D).
+
+        Args:
+            reference_points: (B, Q, L, 2) as (x, y) or (B, Q, L, 4) as (cx, cy, w, h), in fractions
+                of each level. With 2 the learned offsets are in pixels; with 4 an offset of
+                `n_points` is half the box's size.
+            spatial_shapes, level_start_index: the levels of `memory`; see `ms_deform_attn`.
+            padding_mask: (B, S) bool, True where memory is padding: its value becomes zero.
+        """
+        B, Q, _ = query.shape
+        M, L, P = self.n_heads, self.n_levels, self.n_points
+        value = self.value_proj(memory)
+        if padding_mask is not None:
+            value = value.masked_fill(padding_mask[..., None], 0)
+        offsets = self.sampling_offsets(query).view(B, Q, M, L, P, 2)
+        weights = self.attention_weights(query).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
+        points = reference_points[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
+        if points.shape[-1] == 2:
+            locations = points + offsets / spatial_shapes.flip(-1)[:, None]
+        elif points.shape[-1] == 4:
+            locations = points[..., :2] + offsets * points[..., 2:] * (0.5 / P)
+        else:
+            raise ValueError(f"reference_points must have 2 or 4 numbers, not {points.shape[-1]}")
+        output = ms_deform_attn(
+            value.view(B, -1, M, value.shape[-1] // M),
+            spatial_shapes,
+            level_start_index,
+            locations,
+            weights,
+        )
+        return self.output_proj(output)

@@ -1,0 +1,124 @@
+"""The compiled backends: finding them, loading them, calling them.
+
+The libraries hold plain C functions and know nothing of torch, so one build serves every version
+of torch. `ops/setup.py` makes them, here or as the installed package `ms_deform_attn`.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BUILD_COMMAND = "make op (or: pip install ./ops)"
+_ABI = 1  # of the C functions; a library that returns another number is out of date
+TYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_LIBRARIES = {"cpp": "ms_deform_attn_cpu", "cuda": "ms_deform_attn_cuda"}
+
+
+class Unavailable(RuntimeError):
+    """A compiled backend that cannot be used; the message says why and what to run."""
+
+
+@functools.cache
+def load(backend: str) -> ctypes.CDLL:
+    """The library of `backend`, "cpp" or "cuda". Raises Unavailable."""
+    name = _LIBRARIES[backend]
+    paths = [folder / f"lib{name}.so" for folder in _folders()]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise Unavailable(f"backend {backend} is not built; build it with: {BUILD_COMMAND}")
+    try:
+        library = ctypes.CDLL(str(path))
+        abi = getattr(library, f"{name}_abi")()
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"{path} does not load ({error}); rebuild: {BUILD_COMMAND}") from error
+    if abi != _ABI:
+        raise Unavailable(f"{path} is of another version; rebuild: {BUILD_COMMAND}")
+    options = [ctypes.c_int, ctypes.c_int64]  # is_double, threads
+    if backend == "cuda":
+        options = [
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_void_p,
+        ]  # types, device, stream
+    for direction, tensors in (("forward", 6), ("backward", 9)):
+        function = getattr(library, f"{name}_{direction}")
+        function.argtypes = options + [ctypes.c_void_p] * tensors + [ctypes.c_int64] * 7
+        setattr(library, direction, function)
+    return library
+
+
+def _folders() -> list[Path]:
+    """Where a library may lie: beside this file, and in the installed package."""
+    installed = importlib.util.find_spec("ms_deform_attn")
+    elsewhere = installed.submodule_search_locations if installed else None
+    return [Path(__file__).parent, *map(Path, elsewhere or [])]
+
+
+def forward(backend: str, *inputs: Tensor) -> Tensor:
+    """The op's output; inputs as `ops.ms_deform_attn` has them, none of them empty."""
+    value, *_ = prepared = _prepare(backend, *inputs)
+    B, _, M, D = value.shape
+    output = value.new_empty(B, inputs[3].shape[1], M * D)
+    _call(backend, "forward", prepared, output)
+    return output.to(inputs[0].dtype)
+
+
+def backward(backend: str, grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of value, sampling locations and attention weights, in their types."""
+    value, shapes, _, locations, weights = prepared = _prepare(backend, *inputs)
+    if backend == "cuda":  # added up by atomics, in full precision
+        grad_value = torch.zeros_like(value, dtype=_accumulator(value))
+    elif int(shapes.prod(dim=1).sum()) < value.shape[1]:  # rows that no level writes
+        grad_value = torch.zeros_like(value)
+    else:
+        grad_value = torch.empty_like(value)
+    grads = grad_value, torch.empty_like(locations), torch.empty_like(weights)
+    _call(backend, "backward", prepared, grad_output.to(value.dtype).contiguous(), *grads)
+    return tuple(g.to(x.dtype) for g, x in zip(grads, (inputs[0], *inputs[3:]), strict=True))
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _prepare(
+    backend: str, value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
+) -> list[Tensor]:
+    """The inputs, contiguous and of types that the library takes.
+
+    The C++ kernel knows float and double; the CUDA kernel reads half types too, with locations
+    and weights both in the type of value or both in float32.
+    """
+    if backend == "cpp":
+        value = value.to(_accumulator(value))
+    if not locations.dtype == weights.dtype == value.dtype:
+        locations, weights = (t.to(_accumulator(value)) for t in (locations, weights))
+    return [t.contiguous() for t in (value, shapes, starts, locations, weights)]
+
+
+def _call(backend: str, direction: str, prepared: list[Tensor], *others: Tensor) -> None:
+    library = load(backend)
+    value, _, _, locations, _ = prepared
+    sizes = *value.shape, locations.shape[1], *locations.shape[3:5]  # B, S, M, D, Q, L, P
+    if backend == "cpp":
+        options = value.dtype == torch.float64, torch.get_num_threads()
+    else:
+        stream = torch.cuda.current_stream(value.device).cuda_stream
+        options = TYPE_CODES[value.dtype], TYPE_CODES[locations.dtype], value.device.index, stream
+    pointers = (tensor.data_ptr() for tensor in (*prepared, *others))
+    code = getattr(library, direction)(*options, *pointers, *sizes)
+    if code:
+        raise RuntimeError(f"ms_deform_attn, {direction} of {backend}: {_reason(backend, code)}")
+
+
+def _reason(backend: str, code: int) -> str:
+    if backend == "cpp":
+        return {1: "out of memory", 2: "a head of value has 2**31 elements or more"}[code]
+    message = load(backend).ms_deform_attn_cuda_error
+    message.restype = ctypes.c_char_p
+    return message(code).decode()
