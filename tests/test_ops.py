@@ -370,6 +370,26 @@ def test_errors_name_the_argument(name, change, error, device):
         ms_deform_attn(**inputs)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_level_that_does_not_fit_is_seen_in_the_output_on_a_gpu():
+    inputs = make_inputs(dtype=torch.float32, device="cuda")
+    inputs[1][1] *= 100
+    assert ms_deform_attn(*inputs).isnan().all()
+    assert all(g.isfinite().all() for g in grads_of(ms_deform_attn, inputs))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_deterministic_algorithms_are_not_promised_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", "cuda")
+    inputs = make_inputs(dtype=torch.float32, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="no fixed order"):
+            ms_deform_attn(*inputs).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 # Choosing a backend
 
 
