@@ -16,6 +16,7 @@ from . import native
 from .reference import ms_deform_attn_reference, ms_deform_attn_reference_backward
 
 BACKENDS = ("reference", "cpp", "cuda")
+_COMPILED = {"cpu": "cpp", "cuda": "cuda"}  # for each type of device
 _VARIABLE = "MS_DEFORM_ATTN_BACKEND"
 _log = logging.getLogger(__name__)
 
@@ -110,9 +111,6 @@ def choose_backend(device: torch.device) -> str:
     return _default_backend(device.type)
 
 
-_COMPILED = {"cpu": "cpp", "cuda": "cuda"}
-
-
 @functools.cache
 def _default_backend(device_type: str) -> str:
     backend = _COMPILED.get(device_type)
@@ -187,8 +185,7 @@ def _differentiate(ctx, grad_output):
 
 def _refuse_second_derivative(ctx, *grads):
     raise RuntimeError(
-        "ms_deform_attn has no second derivative; differentiate once, or call"
-        " ops.reference.ms_deform_attn_reference, which autograd differentiates as often as needed"
+        "ms_deform_attn has no second derivative: its gradients cannot be differentiated again"
     )
 
 
@@ -225,8 +222,8 @@ def _alert_not_deterministic() -> None:
     """What torch's own operators do that add with atomics."""
     if torch.are_deterministic_algorithms_enabled():
         message = (
-            "the backward of ms_deform_attn on CUDA adds in no fixed order; for the slower order"
-            f" that is fixed set {_VARIABLE}=reference"
+            "the backward of ms_deform_attn on CUDA adds in no fixed order;"
+            f" {_VARIABLE}=reference leaves that to torch's own operators"
         )
         if not torch.is_deterministic_algorithms_warn_only_enabled():
             raise RuntimeError(message)

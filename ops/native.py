@@ -37,14 +37,10 @@ def load(backend: str) -> ctypes.CDLL:
         raise Unavailable(f"{path} does not load ({error}); rebuild: {BUILD_COMMAND}") from error
     if abi != _ABI:
         raise Unavailable(f"{path} is of another version; rebuild: {BUILD_COMMAND}")
-    options = [ctypes.c_int, ctypes.c_int64]  # is_double, threads
+    # cpp: is_double, threads; cuda: the types of value and of the rest, device, stream.
+    options = [ctypes.c_int, ctypes.c_int64]
     if backend == "cuda":
-        options = [
-            ctypes.c_int,
-            ctypes.c_int,
-            ctypes.c_int,
-            ctypes.c_void_p,
-        ]  # types, device, stream
+        options = [*[ctypes.c_int] * 3, ctypes.c_void_p]
     for direction, tensors in (("forward", 6), ("backward", 9)):
         function = getattr(library, f"{name}_{direction}")
         function.argtypes = options + [ctypes.c_void_p] * tensors + [ctypes.c_int64] * 7

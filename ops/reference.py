@@ -22,7 +22,7 @@ def ms_deform_attn_reference(
 ) -> Tensor:
     """What `ops.ms_deform_attn` defines, for the same arguments; no size may be 0.
 
-    Autograd differentiates it, as often as asked. Half types are computed in float32.
+    Autograd differentiates it too, once. Half types are computed in float32.
     """
     B, S, M, D = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
