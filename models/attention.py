@@ -1,8 +1,10 @@
-"""Multi-head attention through `scaled_dot_product_attention`, and the MLP that goes with it."""
+"""Multi-head attention through `scaled_dot_product_attention`, the MLP, the feed-forward block."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ops import MSDeformAttn
 
 
 class MLP(nn.Module):
@@ -75,3 +77,27 @@ class MultiheadAttention(Attention):
 def activation(name: str) -> nn.Module:
     """The feed-forward activation by its released name."""
     return {"relu": nn.ReLU, "gelu": nn.GELU, "prelu": nn.PReLU}[name]()
+
+
+class FeedForward(nn.Module):
+    """Mix-in of the residual feed-forward block; subclasses own the final norm, as released."""
+
+    def __init__(self, dim: int, dim_feedforward: int, dropout: float, act: str):
+        super().__init__()
+        self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.activation = activation(act)
+        self.dropout = nn.Dropout(dropout)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
+
+
+def init_transformer(module: nn.Module) -> None:
+    """Xavier for every matrix inside `module`, but deformable attention's own initial values."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    for part in module.modules():
+        if isinstance(part, MSDeformAttn):
+            part.reset_parameters()

@@ -13,12 +13,15 @@ from util.box_ops import box_losses
 from .dn_components import by_layer, compute_dn_loss
 from .matcher import HungarianMatcher
 
+TERMS = ("loss_ce", "loss_bbox", "loss_giou")
+
 
 class SetCriterion(nn.Module):
     """Focal, L1 and GIoU loss after Hungarian matching, for all decoder layers at once.
 
     `weight_dict` names the losses that are trained, with their weights: `loss_ce`, `loss_bbox`,
-    `loss_giou` for the last layer, `_0`, `_1`, ... for those before it, `_dn` for denoising.
+    `loss_giou` for the last layer, `_0`, `_1`, ... for those before it, `_dn` for denoising,
+    `_interm` or `_enc` for the encoder's tokens that queries are selected from.
     """
 
     def __init__(
@@ -41,19 +44,24 @@ class SetCriterion(nn.Module):
         (%), and `cardinality_error`, how far the number of confident queries is from the
         number of objects; both of the last layer, and for reading only.
         """
-        layers = [*outputs["aux_outputs"], outputs]
-        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-        boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()
-        losses = self.matching_losses(logits, boxes, targets, num_boxes)
+        losses = self.matching_losses([*outputs["aux_outputs"], outputs], targets, num_boxes)
+        if "interm_outputs" in outputs:  # DINO's selected tokens, as one more layer
+            selected = self.matching_losses([outputs["interm_outputs"]], targets, num_boxes)
+            losses |= {f"{name}_interm": selected[name] for name in TERMS}
+        if "enc_outputs" in outputs:  # all tokens, told apart only from background
+            objects = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
+            tokens = self.matching_losses([outputs["enc_outputs"]], objects, num_boxes)
+            losses |= {f"{name}_enc": tokens[name] for name in TERMS}
         return losses | compute_dn_loss(outputs.get("dn"), self.focal_alpha)
 
     def matching_losses(
         self,
-        logits: Tensor,
-        boxes: Tensor,
+        layers: Sequence[dict[str, Tensor]],
         targets: Sequence[dict[str, Tensor]],
         num_boxes: Tensor | float | None,
     ) -> dict[str, Tensor]:
+        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
+        boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()
         query = self.matcher(logits, boxes, targets)  # (L, N)
         counts = [len(t["labels"]) for t in targets]
         labels = torch.cat([t["labels"] for t in targets])

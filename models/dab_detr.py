@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 from .attention import MLP
 from .backbone import Backbone
-from .dn_components import dn_post_process, prepare_for_dn, with_indicator
+from .dn_components import dn_post_process, with_indicator
 from .position_encoding import SinePositionEncoding
 from .transformer import Transformer
 
@@ -26,16 +26,17 @@ class DABDETR(nn.Module):
         self,
         backbone: Backbone,
         position_encoding: SinePositionEncoding,
+        input_proj: nn.Module,
         transformer: Transformer,
         hidden_dim: int,
         num_classes: int,
         num_queries: int,
         num_patterns: int,
         has_denoising: bool,
-        dn: dict | None,
+        prepare_denoising: Callable | None,
     ):
-        """`has_denoising`: content comes from label embeddings, as in DN-DETR. `dn`: the noise, as
-        `prepare_for_dn` takes it, or None to train without denoising."""
+        """`has_denoising`: content comes from label embeddings, as in DN-DETR. `prepare_denoising`:
+        one of `dn_components`' with its noise set, None to train without."""
         super().__init__()
         self.transformer = transformer
         self.class_embed = nn.Linear(hidden_dim, num_classes)
@@ -45,10 +46,20 @@ class DABDETR(nn.Module):
         nn.init.zeros_(self.bbox_embed.layers[-1].bias)
         transformer.decoder.bbox_embed = self.bbox_embed
         self.refpoint_embed = nn.Embedding(num_queries, 4)
-        self.input_proj = nn.Conv2d(backbone.num_channels[-1], hidden_dim, kernel_size=1)
+        self.input_proj = input_proj
         self.backbone = nn.ModuleList([backbone, position_encoding])
         self.label_enc = nn.Embedding(num_classes + 1, hidden_dim - 1) if has_denoising else None
-        self.hidden_dim, self.num_patterns, self.dn = hidden_dim, num_patterns, dn
+        self.hidden_dim, self.num_patterns = hidden_dim, num_patterns
+        self.prepare_denoising = prepare_denoising
+
+    def encode(self, images: NestedTensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images -> memory and position encoding (B, S, D), and (B, 1, 1, S), False on padding."""
+        features = self.backbone[0](images)[-1]
+        pos = self.backbone[1](features.mask).flatten(1, 2)
+        pixels = self.input_proj(features.tensors).flatten(2).transpose(1, 2)
+        pos = pos.to(pixels.dtype)
+        allowed = ~features.mask.flatten(1)[:, None, None, :]
+        return self.transformer.encoder(pixels, pos, allowed), pos, allowed
 
     def queries(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Content (B, Q, D) and anchors (B, Q, 4) before the sigmoid; with P patterns the anchors
@@ -77,18 +88,12 @@ class DABDETR(nn.Module):
         """
         if not isinstance(images, NestedTensor):
             images = nested_tensor_from_tensor_list(images)
-        features = self.backbone[0](images)[-1]
-        pos = self.backbone[1](features.mask).flatten(1, 2)
-        pixels = self.input_proj(features.tensors).flatten(2).transpose(1, 2)
-        pos = pos.to(pixels.dtype)
-        pixel_allowed = ~features.mask.flatten(1)[:, None, None, :]
-        memory = self.transformer.encoder(pixels, pos, pixel_allowed)
-
-        content, anchors = self.queries(len(memory))
+        memory, pos, pixel_allowed = self.encode(images)
+        content, anchors = self.queries(len(images.mask))
         blocked = dn = None
-        if self.training and self.dn is not None and targets is not None:
-            content, anchors, blocked, dn = prepare_for_dn(
-                targets, self.label_enc, anchors, content, **self.dn
+        if self.training and self.prepare_denoising is not None and targets is not None:
+            content, anchors, blocked, dn = self.prepare_denoising(
+                targets, self.label_enc, anchors, content
             )
         query_allowed = None if blocked is None else ~blocked
         states, boxes = self.transformer.decoder(

@@ -1,4 +1,5 @@
-"""Query denoising (DN-DETR, Li et al. 2022, section 4), for this project's models and for any DETR.
+"""Query denoising (DN-DETR, Li et al. 2022, section 4), for this project's models and for any DETR,
+and DINO's contrastive kind (Zhang et al. 2022, section 3.3).
 
 Ground truth with noise is put in front of the decoder's queries, in groups, and the decoder is
 trained to restore it; no matching is needed there, so the targets are stable from the first step.
@@ -8,6 +9,7 @@ trained to restore it; no matching is needed there, so the targets are stable fr
     logits, boxes = dn_post_process(logits, boxes, dn)   # only the matching part is left
     losses.update(compute_dn_loss(dn))                   # loss_ce_dn, loss_bbox_dn, ... for dn only
 
+`prepare_for_cdn` in place of the first is contrastive: it adds boxes too far off, to be rejected.
 Needs nothing of this package but `util.box_ops`, and runs on any device and in any dtype.
 """
 
@@ -21,24 +23,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from util.box_ops import box_losses, inverse_sigmoid
+from util.box_ops import (
+    box_cxcywh_to_xyxy,
+    box_losses,
+    box_xyxy_to_cxcywh,
+    inverse_sigmoid,
+)
 
 
 @dataclass
 class Denoising:
     """What the denoising queries of a batch are made from. N counts groups * objects.
 
-    Query `query[n]` of image `batch[n]` is to restore `labels[n]` and `boxes[n]`. `num_queries` is
-    P, the length of the denoising part: groups times the largest object count of the batch.
-    `dn_post_process` fills in what the decoder said about them.
+    `to_label`, (image, query), are the queries that are to restore `labels`, `to_box` those that
+    are to restore `boxes`, mostly the same; every other query in `supervised` is to be called
+    background. `num_queries` is P, the length of the denoising part. `dn_post_process` fills in
+    what the decoder said about them.
     """
 
     num_groups: int
     num_queries: int
-    batch: Tensor  # (N,) int64
-    query: Tensor  # (N,) int64
+    to_label: tuple[Tensor, Tensor]  # (N,), (N,) int64
     labels: Tensor  # (N,) int64
+    to_box: tuple[Tensor, Tensor]  # (N,), (N,) int64
     boxes: Tensor  # (N, 4) cxcywh in [0, 1]
+    supervised: Tensor  # (B, P) bool
     pred_logits: Tensor | None = None  # (L, B, P, C)
     pred_boxes: Tensor | None = None  # (L, B, P, 4)
 
@@ -58,6 +67,18 @@ def add_box_noise(boxes: Tensor, scale: float) -> Tensor:
     size = boxes[:, 2:]
     reach = torch.cat([size / 2, size], dim=1) * scale
     return (boxes + (2 * torch.rand_like(boxes) - 1) * reach).clamp(0, 1)
+
+
+def add_corner_noise(boxes: Tensor, scale: float, negative: bool) -> Tensor:
+    """Move the corners by up to `scale` * (w, h) / 2 each way; negatives by once to twice that.
+
+    Boxes (N, 4), cxcywh in [0, 1]; moved corners are clamped to [0, 1].
+    """
+    reach = (boxes[:, 2:] / 2).repeat(1, 2) * scale
+    distance = torch.rand_like(boxes) + float(negative)
+    sign = 2.0 * torch.randint_like(boxes, 2) - 1
+    corners = box_cxcywh_to_xyxy(boxes) + sign * distance * reach
+    return box_xyxy_to_cxcywh(corners.clamp(0, 1))
 
 
 def group_mask(num_groups: int, group_size: int, num_matching: int, device: torch.device) -> Tensor:
@@ -111,28 +132,170 @@ def prepare_for_dn(
     if targets is None:
         return content, anchors, None, None
 
+    group_size = max(len(t["labels"]) for t in targets)
+    objects = _repeat(targets, num_groups, group_size, anchors)
+    noisy_labels = add_label_noise(objects.labels, label_enc.num_embeddings - 1, label_noise_ratio)
+    noisy_boxes = add_box_noise(objects.boxes, box_noise_scale)
+    where = objects.image, objects.query
+    supervised = torch.zeros(batch_size, num_groups * group_size, device=anchors.device).bool()
+    supervised[where] = True
+    dn = Denoising(
+        num_groups,
+        supervised.shape[1],
+        where,
+        objects.labels,
+        where,
+        objects.boxes,
+        supervised,
+    )
+    known = label_enc(noisy_labels), inverse_sigmoid(noisy_boxes)
+    return _put_in_front(content, anchors, known, where, dn)
+
+
+def prepare_for_cdn(
+    targets: Sequence[dict[str, Tensor]],
+    label_enc: nn.Embedding,
+    anchors: Tensor,
+    content: Tensor,
+    *,
+    num_denoising: int = 200,
+    label_noise_ratio: float = 0.5,
+    box_noise_scale: float = 1.0,
+    num_classes: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Denoising]:
+    """Put contrastive denoising queries in front: every group has each object twice, first near
+    enough to be restored, then so far off that it is to be rejected.
+
+    Arguments and results are those of `prepare_for_dn`, but:
+        num_denoising: about how many queries are wanted. As released, numbers from 100 on are
+            divided by twice the largest object count of the batch to give the number of groups,
+            at least 1; smaller ones ARE the number of groups, which can be very many queries.
+        label_noise_ratio: half of it is the probability that a label is drawn anew.
+        num_classes: labels to draw from; by default one fewer than label_enc has rows.
+    """
+    largest = max(len(t["labels"]) for t in targets)
+    num_groups = contrastive_groups(num_denoising, largest)
+    objects = _repeat(targets, num_groups, 2 * largest, anchors)
+    near = objects.image, objects.query
+    far = objects.image, objects.query + largest
+    num_classes = num_classes or label_enc.num_embeddings - 1
+    noisy_labels = add_label_noise(objects.labels.repeat(2), num_classes, label_noise_ratio / 2)
+    noisy_boxes = [add_corner_noise(objects.boxes, box_noise_scale, far) for far in (False, True)]
+    # Also the places left free in images with fewer objects are called background, as released.
+    supervised = torch.ones(
+        len(anchors), num_groups * 2 * largest, dtype=torch.bool, device=anchors.device
+    )
+    dn = Denoising(
+        num_groups, supervised.shape[1], near, objects.labels, near, objects.boxes, supervised
+    )
+    known = label_enc(noisy_labels), inverse_sigmoid(torch.cat(noisy_boxes))
+    where = tuple(torch.cat(pair) for pair in zip(near, far, strict=True))
+    return _put_in_front(content, anchors, known, where, dn)
+
+
+def prepare_for_cdn_of_dn_detr(
+    targets: Sequence[dict[str, Tensor]],
+    label_enc: nn.Embedding,
+    anchors: Tensor,
+    content: Tensor,
+    *,
+    num_denoising: int = 100,
+    label_noise_ratio: float = 0.2,
+    box_noise_scale: float = 0.4,
+) -> tuple[Tensor, Tensor, Tensor | None, Denoising]:
+    """Contrastive denoising as DN-DETR's own code has it: `prepare_for_cdn`, but that negatives
+    carry the embedding of matching queries, and that it was written for one image a process.
+
+    Every image lists its objects and then their negatives, but of the lists of all images in a row
+    the first half counts as near, the second as far. With one image the two agree. With more, a
+    near negative's box is to be restored, and an object that is far keeps its label but not its
+    embedding. The released figures were computed so.
+    """
     counts = [len(t["labels"]) for t in targets]
-    group_size = max(counts)
+    num_groups = contrastive_groups(num_denoising, max(counts))
+    doubled = [
+        {k: t[k].repeat(2, *[1] * (t[k].dim() - 1)) for k in ("labels", "boxes")} for t in targets
+    ]
+    group_size = 2 * max(counts)
+    objects = _repeat(doubled, num_groups, group_size, anchors)
     device = anchors.device
+    is_object = torch.cat([torch.arange(2 * n) < n for n in counts]).repeat(num_groups).to(device)
+    is_near = (torch.arange(2 * sum(counts)) < sum(counts)).repeat(num_groups).to(device)
+    nothing = label_enc.num_embeddings - 1
+    noisy_labels = add_label_noise(objects.labels, nothing, label_noise_ratio)
+    noisy_labels = noisy_labels.masked_fill(~(is_object & is_near), nothing)
+    noisy_boxes = torch.where(
+        is_near[:, None],
+        add_corner_noise(objects.boxes, box_noise_scale, False),
+        add_corner_noise(objects.boxes, box_noise_scale, True),
+    )
+    where = objects.image, objects.query
+    supervised = torch.zeros(len(anchors), num_groups * group_size, device=device).bool()
+    supervised[where] = True
+    dn = Denoising(
+        num_groups,
+        supervised.shape[1],
+        tuple(x[is_object] for x in where),
+        objects.labels[is_object],
+        tuple(x[is_near] for x in where),
+        objects.boxes[is_near],
+        supervised,
+    )
+    known = label_enc(noisy_labels), inverse_sigmoid(noisy_boxes)
+    return _put_in_front(content, anchors, known, where, dn)
+
+
+def contrastive_groups(num_denoising: int, largest: int) -> int:
+    """Groups that make about `num_denoising` queries, for `largest` objects in an image; numbers
+    under 100 are, as released, the number of groups itself."""
+    if num_denoising >= 100:
+        num_denoising //= 2 * max(largest, 1)
+    return max(num_denoising, 1)
+
+
+@dataclass
+class _Objects:
+    labels: Tensor  # (N,)
+    boxes: Tensor  # (N, 4)
+    image: Tensor  # (N,)
+    query: Tensor  # (N,)
+
+
+def _repeat(
+    targets: Sequence[dict[str, Tensor]], num_groups: int, group_size: int, anchors: Tensor
+) -> _Objects:
+    """All objects once for each group, and the first places of the group that they take."""
+    counts = [len(t["labels"]) for t in targets]
     labels = torch.cat([t["labels"] for t in targets]).repeat(num_groups)
     boxes = torch.cat([t["boxes"] for t in targets]).to(anchors.dtype).repeat(num_groups, 1)
-    image = torch.arange(batch_size).repeat_interleave(torch.tensor(counts))
+    image = torch.arange(len(targets)).repeat_interleave(torch.tensor(counts)).repeat(num_groups)
     place = torch.cat([torch.arange(n) for n in counts])
-    query = (place + group_size * torch.arange(num_groups)[:, None]).flatten().to(device)
-    batch = image.repeat(num_groups).to(device)
+    query = (place + group_size * torch.arange(num_groups)[:, None]).flatten()
+    return _Objects(labels, boxes, image.to(anchors.device), query.to(anchors.device))
 
-    num_denoising = num_groups * group_size
-    known = label_enc(add_label_noise(labels, label_enc.num_embeddings - 1, label_noise_ratio))
-    known = with_indicator(known, content.shape[-1], 1.0).to(content.dtype)
-    dn_content = content.new_zeros(batch_size, num_denoising, content.shape[-1])
-    dn_content[batch, query] = known
-    dn_anchors = anchors.new_zeros(batch_size, num_denoising, 4)
-    dn_anchors[batch, query] = inverse_sigmoid(add_box_noise(boxes, box_noise_scale))
+
+def _put_in_front(
+    content: Tensor,
+    anchors: Tensor,
+    known: tuple[Tensor, Tensor],
+    where: tuple[Tensor, Tensor],
+    dn: Denoising,
+) -> tuple[Tensor, Tensor, Tensor | None, Denoising]:
+    """Known label embeddings and anchors as queries before the matching ones, and the mask."""
+    batch_size, num_matching, dim = content.shape
+    dn_content = content.new_zeros(batch_size, dn.num_queries, dim)
+    dn_content[where] = with_indicator(known[0], dim, 1.0).to(content.dtype)
+    dn_anchors = anchors.new_zeros(batch_size, dn.num_queries, 4)
+    dn_anchors[where] = known[1]
+    mask = None
+    if dn.num_queries:
+        group_size = dn.num_queries // dn.num_groups
+        mask = group_mask(dn.num_groups, group_size, num_matching, anchors.device)
     return (
         torch.cat([dn_content, content], dim=1),
         torch.cat([dn_anchors, anchors], dim=1),
-        group_mask(num_groups, group_size, num_matching, device) if num_denoising else None,
-        Denoising(num_groups, num_denoising, batch, query, labels, boxes),
+        mask,
+        dn,
     )
 
 
@@ -157,15 +320,16 @@ def compute_dn_loss(dn: Denoising | None, focal_alpha: float = 0.25) -> dict[str
     """
     if dn is None:
         return {}
-    logits = dn.pred_logits[:, dn.batch, dn.query].float()  # (L, N, C)
-    boxes = dn.pred_boxes[:, dn.batch, dn.query].float()
-    onehot = F.one_hot(dn.labels, logits.shape[-1]).to(logits).expand_as(logits)
-    loss_ce = sigmoid_focal_loss(logits, onehot, focal_alpha)
+    logits = dn.pred_logits.float()  # (L, B, P, C)
+    onehot = torch.zeros_like(logits)
+    onehot[(slice(None), *dn.to_label, dn.labels)] = 1
+    loss_ce = sigmoid_focal_loss(logits, onehot, focal_alpha) * dn.supervised[..., None]
+    boxes = dn.pred_boxes[(slice(None), *dn.to_box)].float()
     loss_bbox, loss_giou = box_losses(boxes, dn.boxes.float())
     num = max(len(dn.labels), 1)
     return by_layer(
         {
-            "loss_ce_dn": loss_ce.sum((1, 2)) / num,
+            "loss_ce_dn": loss_ce.sum((1, 2, 3)) / num,
             "loss_bbox_dn": loss_bbox.sum(1) / num,
             "loss_giou_dn": loss_giou.sum(1) / num,
         }

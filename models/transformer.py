@@ -5,27 +5,15 @@ cross-attention compares with the pixels, modulated by the anchor's width and he
 decoder layer refines the anchor. Layers are post-norm.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from util.box_ops import inverse_sigmoid
 
-from .attention import MLP, Attention, MultiheadAttention, activation
+from .attention import MLP, Attention, FeedForward, MultiheadAttention, init_transformer
 from .position_encoding import anchor_embedding
-
-
-class FeedForward(nn.Module):
-    """Mix-in of the residual feed-forward block; subclasses own the final norm, as released."""
-
-    def __init__(self, dim: int, dim_feedforward: int, dropout: float, act: str):
-        super().__init__()
-        self.linear1 = nn.Linear(dim, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, dim)
-        self.activation = activation(act)
-        self.dropout = nn.Dropout(dropout)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
 
 
 class EncoderLayer(FeedForward):
@@ -113,27 +101,60 @@ class DecoderLayer(FeedForward):
         attended = self.self_attn(query, key, self.sa_v_proj(x), attn_allowed)
         x = self.norm1(x + self.dropout(attended))
 
-        query, key = self.ca_qcontent_proj(x), self.ca_kcontent_proj(memory)
-        key_pos = self.ca_kpos_proj(pos)
+        sine = self.ca_qpos_sine_proj(query_sine)
+        located = self.ca_qcontent_proj(x)
         if self.ca_qpos_proj is not None:
-            query, key = query + self.ca_qpos_proj(query_pos), key + key_pos
-        attended = self.cross_attn(
-            self.concat_heads(query, self.ca_qpos_sine_proj(query_sine)),
-            self.concat_heads(key, key_pos),
-            self.ca_v_proj(memory),
-            memory_allowed,
-        )
+            located = located + self.ca_qpos_proj(query_pos)
+        located = self.concat_heads(located, sine)
+        attended = self.attend_to_memory(located, memory, pos, memory_allowed, query)
         x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.feed_forward(x))
+
+    def attend_to_memory(
+        self, located: Tensor, memory: Tensor, pos: Tensor, allowed: Tensor, query: Tensor
+    ) -> Tensor:
+        """located (B, Q, 2 * D), memory and pos (B, S, D), query of the self-attention (B, Q, D)
+        -> (B, Q, D)."""
+        key, key_pos = self.ca_kcontent_proj(memory), self.ca_kpos_proj(pos)
+        if self.ca_qpos_proj is not None:
+            key = key + key_pos
+        key = self.concat_heads(key, key_pos)
+        return self.cross_attn(located, key, self.ca_v_proj(memory), allowed)
+
+
+class MultiLevelDecoderLayer(DecoderLayer):
+    """Attends to each of several feature levels apart; the self-attention's query weighs them."""
+
+    def __init__(self, dim: int, *layer_args, is_first: bool, num_levels: int):
+        super().__init__(dim, *layer_args, is_first=is_first)
+        self.cross_attn.out_proj = nn.Identity()
+        self.ca_out_v_proj = nn.Linear(dim, dim)
+        self.lvl_attn = nn.Linear(dim, num_levels)
+
+    def attend_to_memory(
+        self,
+        located: Tensor,
+        memory: Sequence[Tensor],
+        pos: Sequence[Tensor],
+        allowed: Sequence[Tensor],
+        query: Tensor,
+    ) -> Tensor:
+        """As for one level, with a list of levels each for memory, pos and allowed."""
+        attend = super().attend_to_memory
+        levels = [
+            attend(located, *level, query) for level in zip(memory, pos, allowed, strict=True)
+        ]
+        weights = self.lvl_attn(query).softmax(-1)
+        return (self.ca_out_v_proj(torch.stack(levels, dim=-2)) * weights[..., None]).sum(-2)
 
 
 class Decoder(nn.Module):
     """Refines anchors layer by layer; `bbox_embed`, set by the detector, gives the refinements."""
 
-    def __init__(self, num_layers: int, dim: int, *layer_args):
+    def __init__(self, num_layers: int, dim: int, *layer_args, layer: Callable = DecoderLayer):
         super().__init__()
         self.layers = nn.ModuleList(
-            DecoderLayer(dim, *layer_args, is_first=i == 0) for i in range(num_layers)
+            layer(dim, *layer_args, is_first=i == 0) for i in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim)
         self.query_scale = MLP(dim, dim, dim, 2)
@@ -180,25 +201,23 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder, decoder and, for models with several patterns, their content embeddings."""
+    """Encoder, decoder and, for models with several patterns, their content embeddings.
+
+    `num_levels`, of a deformable encoder, are embedded and told apart in `level_embed`.
+    """
 
     def __init__(
         self,
+        encoder: nn.Module,
+        decoder: Decoder,
         dim: int,
-        num_heads: int,
-        enc_layers: int,
-        dec_layers: int,
-        dim_feedforward: int,
-        dropout: float,
-        act: str,
         num_patterns: int,
+        num_levels: int | None = None,
     ):
         super().__init__()
-        layer_args = (num_heads, dim_feedforward, dropout, act)
-        self.encoder = Encoder(enc_layers, dim, *layer_args)
-        self.decoder = Decoder(dec_layers, dim, *layer_args)
-        for p in self.parameters():
-            if p.dim() > 1:
-                nn.init.xavier_uniform_(p)
+        self.encoder, self.decoder = encoder, decoder
+        init_transformer(self)
+        if num_levels is not None:
+            self.level_embed = nn.Parameter(torch.randn(num_levels, dim))
         if num_patterns:
             self.patterns = nn.Embedding(num_patterns, dim)

@@ -27,6 +27,13 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 MODELS = {
     "dab_detr": "dab_detr_r50",
     "dn_dab_detr": "dn_dab_detr_r50",
+    "dab_deformable_detr": "dab_deformable_detr_r50",
+    "dn_dab_deformable_detr": "dn_dab_deformable_detr_r50",
+    "dn_dab_deformable_detr_deformable_encoder_only": (
+        "dn_dab_deformable_detr_deformable_encoder_only_r50_3pat"
+    ),
+    "dn_dab_dino_deformable_detr": "dn_dab_dino_deformable_detr_r50",
+    "dino": "dino_4scale_r50",
 }
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -37,6 +44,7 @@ ALIASES = {
     "dn_scalar": "dn_number",
     "label_noise_scale": "dn_label_noise_ratio",
     "box_noise_scale": "dn_box_noise_scale",
+    "use_lft": "look_forward_twice",
 }
 
 # Released flags with nothing left to choose. They are accepted and do nothing.
@@ -98,15 +106,49 @@ class ModelOptions:
     num_classes: int | None = option(
         None, "labels, C; by default what the checkpoint or the data say, 91 for COCO", low=1
     )
+    pe_offset: float = option(0, "shift of the pixel counts that the position encoding embeds")
+    num_feature_levels: int = option(
+        4, "feature levels of deformable models; those the backbone lacks are made smaller", low=1
+    )
+    enc_n_points: int = option(4, "points that deformable encoder layers sample a level", low=1)
+    dec_n_points: int = option(4, "points that deformable decoder layers sample a level", low=1)
+    query_selection: str = option(
+        "static",
+        "queries of deformable models: static, learned; pure, from the encoder's tokens; mixed, "
+        "anchors from tokens and learned content",
+        choices=["static", "pure", "mixed"],
+    )
+    look_forward_twice: bool = option(
+        False, "a decoder layer's box also trains the layer before it; released as --use_lft"
+    )
+    dec_pred_class_embed_share: bool = option(False, "one class head for all decoder layers")
+    dec_pred_bbox_embed_share: bool = option(False, "one box head for all decoder layers")
+    two_stage_class_embed_share: bool = option(
+        False, "DINO: the encoder's tokens are scored by the decoder's class head"
+    )
+    two_stage_bbox_embed_share: bool = option(
+        False, "DINO: the encoder's tokens are refined by the decoder's box head"
+    )
     num_select: int = option(300, "detections kept of an image", low=1)
 
 
 @dataclass
 class DenoisingOptions:
-    """denoising (DN-DETR)"""
+    """denoising (DN-DETR, DINO)"""
 
     use_dn: bool = option(False, "train with denoising queries")
-    dn_number: int = option(5, "denoising groups; released as --scalar", low=0)
+    contrastive: bool = option(
+        False, "add objects moved too far, to be rejected; noise moves corners (DINO)"
+    )
+    dn_number: int = option(
+        5,
+        "denoising groups; with --contrastive and from 100 on, about so many queries (DINO: pairs "
+        "of queries) in all, under that still groups, in DINO twice as many; released as --scalar",
+        low=0,
+    )
+    dn_labelbook_size: int | None = option(
+        None, "DINO: labels that denoising can embed; by default num_classes", low=1
+    )
     dn_label_noise_ratio: float = option(
         0.2,
         "part of the labels that are drawn anew; released as --label_noise_scale",
@@ -215,7 +257,7 @@ class Config(RunOptions, TrainingOptions, DataOptions, LossOptions, DenoisingOpt
                 f"hidden_dim: {self.hidden_dim} is not a multiple of 4 and of nheads, {self.nheads}"
             )
         check_backbone(self.backbone, self.dilation)
-        if self.use_dn and not self.modelname.startswith("dn_"):
+        if self.use_dn and not self.modelname.startswith(("dn_", "dino")):
             raise UserError(f"use_dn: {self.modelname} has no denoising part; use -m dn_dab_detr")
         if len(self.data_aug_scales) == 0 or len(self.return_interm_indices) == 0:
             raise UserError("data_aug_scales and return_interm_indices need at least one number")

@@ -1,0 +1,78 @@
+"""Where the decoder's queries come from (DINO, section 3.4).
+
+Static: content and anchors are learned. Pure: both come from the encoder's tokens that look most
+like an object. Mixed, DINO's own: the anchors come from those tokens, the content is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .deformable_transformer import Tokens
+
+
+@dataclass
+class Selection:
+    """K selected tokens of each image: features (B, K, D), anchors (B, K, 4) before the sigmoid,
+    and what the encoder's heads say of all tokens, logits (B, S, C) and boxes (B, S, 4) before the
+    sigmoid; index (B, K) tells which were selected."""
+
+    features: Tensor
+    anchors: Tensor
+    logits: Tensor
+    boxes: Tensor
+    index: Tensor
+
+    def of_selected(self, tensor: Tensor) -> Tensor:
+        """(B, S, n) -> (B, K, n)."""
+        return take(tensor, self.index)
+
+
+def take(tensor: Tensor, index: Tensor) -> Tensor:
+    """(B, S, n), (B, K) -> (B, K, n)."""
+    return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def proposals(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """A box around each token: its place, and 0.05 * 2^level wide and high.
+
+    Returns (B, S, 4) before the sigmoid, infinite where the token is padding or the box leaves
+    (0.01, 0.99), and (B, S, 1), True where it is neither.
+    """
+    size = tokens.per_token(tokens.spatial_shapes.flip(-1) * tokens.valid_ratios)
+    centre = tokens.pixel_centres() / size  # (B, S, 2)
+    level = torch.arange(len(tokens.spatial_shapes), device=centre.device)
+    side = tokens.per_token(0.05 * 2.0 ** level[:, None])  # (S, 1)
+    boxes = torch.cat([centre, side.expand(*centre.shape)], dim=-1)
+    usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True) & ~tokens.mask[..., None]
+    return torch.log(boxes / (1 - boxes)).masked_fill(~usable, torch.inf), usable
+
+
+def select_queries(
+    memory: Tensor,
+    tokens: Tokens,
+    project: Callable[[Tensor], Tensor],
+    class_head: Callable[[Tensor], Tensor],
+    box_head: Callable[[Tensor], Tensor],
+    num_queries: int,
+    score: Callable[[Tensor], Tensor],
+) -> Selection:
+    """The `num_queries` tokens of memory (B, S, D) with the best `score` of their logits.
+
+    Raises ValueError where an image has fewer tokens.
+    """
+    if memory.shape[1] < num_queries:
+        raise ValueError(
+            f"num_queries: {num_queries} queries cannot be selected among the {memory.shape[1]} "
+            "tokens of the images; use fewer queries or larger images"
+        )
+    anchors, usable = proposals(tokens)
+    features = project(memory.masked_fill(~usable, 0))
+    logits = class_head(features)
+    boxes = box_head(features) + anchors
+    index = score(logits).topk(num_queries, dim=1).indices
+    return Selection(take(features, index), take(boxes, index), logits, boxes, index)
