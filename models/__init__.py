@@ -37,15 +37,21 @@ def build_model(cfg: Config) -> tuple[nn.Module, SetCriterion, PostProcess]:
     from .matcher import HungarianMatcher
     from .position_encoding import SinePositionEncoding
     from .postprocess import PostProcess
+    from .swin import SWINS, Swin
 
-    backbone = Backbone(
-        cfg.backbone,
-        levels=[index + 1 for index in cfg.return_interm_indices],
-        dilation=cfg.dilation,
-        norm=cfg.batch_norm_type,
-        freeze_stem=cfg.pretrained_backbone,
-        trainable=cfg.lr_backbone > 0,
-    )
+    levels = [index + 1 for index in cfg.return_interm_indices]
+    if cfg.backbone in SWINS:
+        backbone = Swin(cfg.backbone, levels, cfg.use_checkpoint)
+        backbone.requires_grad_(cfg.lr_backbone > 0)
+    else:
+        backbone = Backbone(
+            cfg.backbone,
+            levels,
+            dilation=cfg.dilation,
+            norm=cfg.batch_norm_type,
+            freeze_stem=cfg.pretrained_backbone,
+            trainable=cfg.lr_backbone > 0,
+        )
     position_encoding = SinePositionEncoding(
         cfg.hidden_dim, cfg.pe_temperatureH, cfg.pe_temperatureW, cfg.pe_offset
     )

@@ -37,6 +37,7 @@ MODELS = {
 }
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+SWINS = ("swin_T_224_1k", "swin_B_224_22k", "swin_B_384_22k", "swin_L_224_22k", "swin_L_384_22k")
 
 # Released spellings of today's options.
 ALIASES = {
@@ -77,7 +78,8 @@ class ModelOptions:
 
     modelname: str = option("dn_dab_detr", "which model", choices=list(MODELS))
     backbone: str = option(
-        "resnet50", "resnet18, 34, 50 or 101 of torchvision, or timm/NAME for any timm model"
+        "resnet50",
+        f"resnet18, 34, 50 or 101, {', '.join(SWINS)}, or timm/NAME for any timm model",
     )
     dilation: bool = option(False, "DC5: the last backbone stage keeps stride 16")
     batch_norm_type: str = option(
@@ -90,6 +92,7 @@ class ModelOptions:
     )
     pretrained_backbone: bool = option(True, "begin with ImageNet weights, and freeze the stem")
     backbone_weights: str = option("", "local file of those weights, in place of the download")
+    use_checkpoint: bool = option(False, "Swin: compute blocks twice in training, to save memory")
     hidden_dim: int = option(256, "width of the transformer, D", low=8)
     nheads: int = option(8, "attention heads", low=1)
     enc_layers: int = option(6, "encoder layers", low=0)
@@ -285,8 +288,11 @@ def check_backbone(name: str, dilation: bool) -> None:
         if not timm.is_model(name.removeprefix("timm/")):
             known = [f"timm/{m}" for m in timm.list_models()]
             raise UserError(f"backbone: timm has no model {name}{nearest(name, known)}")
-    elif name not in RESNETS:
-        raise UserError(f"backbone: unknown {name}{nearest(name, RESNETS)} Or use timm/NAME")
+    elif name in SWINS and dilation:
+        raise UserError(f"dilation: {name} has no dilated last stage (DC5), resnet50 has")
+    elif name not in (*RESNETS, *SWINS):
+        known = (*RESNETS, *SWINS)
+        raise UserError(f"backbone: unknown {name}{nearest(name, known)} Or use timm/NAME")
     elif dilation and name in ("resnet18", "resnet34"):
         raise UserError(f"dilation: {name} has no dilated last stage (DC5), resnet50 has")
 
