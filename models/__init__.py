@@ -33,6 +33,7 @@ def build_model(cfg: Config) -> tuple[nn.Module, SetCriterion, PostProcess]:
     """
     # Imported here, so that `models.dn_components` comes without everything else.
     from .backbone import Backbone
+    from .convnext import CONVNEXTS, ConvNeXt
     from .criterion import SetCriterion
     from .matcher import HungarianMatcher
     from .position_encoding import SinePositionEncoding
@@ -40,9 +41,11 @@ def build_model(cfg: Config) -> tuple[nn.Module, SetCriterion, PostProcess]:
     from .swin import SWINS, Swin
 
     levels = [index + 1 for index in cfg.return_interm_indices]
-    if cfg.backbone in SWINS:
-        backbone = Swin(cfg.backbone, levels, cfg.use_checkpoint)
-        backbone.requires_grad_(cfg.lr_backbone > 0)
+    if cfg.backbone in (*SWINS, *CONVNEXTS):
+        family = Swin if cfg.backbone in SWINS else ConvNeXt
+        backbone = family(cfg.backbone, levels, cfg.use_checkpoint)
+        if cfg.lr_backbone == 0:
+            backbone.requires_grad_(False)
     else:
         backbone = Backbone(
             cfg.backbone,

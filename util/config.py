@@ -37,7 +37,14 @@ MODELS = {
 }
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-SWINS = ("swin_T_224_1k", "swin_B_224_22k", "swin_B_384_22k", "swin_L_224_22k", "swin_L_384_22k")
+OTHERS = (  # backbones of models/swin.py and models/convnext.py
+    "swin_T_224_1k",
+    "swin_B_224_22k",
+    "swin_B_384_22k",
+    "swin_L_224_22k",
+    "swin_L_384_22k",
+    "convnext_xlarge_22k",
+)
 
 # Released spellings of today's options.
 ALIASES = {
@@ -79,7 +86,7 @@ class ModelOptions:
     modelname: str = option("dn_dab_detr", "which model", choices=list(MODELS))
     backbone: str = option(
         "resnet50",
-        f"resnet18, 34, 50 or 101, {', '.join(SWINS)}, or timm/NAME for any timm model",
+        f"resnet18, 34, 50 or 101, {', '.join(OTHERS)}, or timm/NAME for any timm model",
     )
     dilation: bool = option(False, "DC5: the last backbone stage keeps stride 16")
     batch_norm_type: str = option(
@@ -92,7 +99,9 @@ class ModelOptions:
     )
     pretrained_backbone: bool = option(True, "begin with ImageNet weights, and freeze the stem")
     backbone_weights: str = option("", "local file of those weights, in place of the download")
-    use_checkpoint: bool = option(False, "Swin: compute blocks twice in training, to save memory")
+    use_checkpoint: bool = option(
+        False, "Swin, ConvNeXt: compute blocks twice in training, to save memory"
+    )
     hidden_dim: int = option(256, "width of the transformer, D", low=8)
     nheads: int = option(8, "attention heads", low=1)
     enc_layers: int = option(6, "encoder layers", low=0)
@@ -288,10 +297,10 @@ def check_backbone(name: str, dilation: bool) -> None:
         if not timm.is_model(name.removeprefix("timm/")):
             known = [f"timm/{m}" for m in timm.list_models()]
             raise UserError(f"backbone: timm has no model {name}{nearest(name, known)}")
-    elif name in SWINS and dilation:
+    elif name in OTHERS and dilation:
         raise UserError(f"dilation: {name} has no dilated last stage (DC5), resnet50 has")
-    elif name not in (*RESNETS, *SWINS):
-        known = (*RESNETS, *SWINS)
+    elif name not in (*RESNETS, *OTHERS):
+        known = (*RESNETS, *OTHERS)
         raise UserError(f"backbone: unknown {name}{nearest(name, known)} Or use timm/NAME")
     elif dilation and name in ("resnet18", "resnet34"):
         raise UserError(f"dilation: {name} has no dilated last stage (DC5), resnet50 has")
@@ -452,7 +461,7 @@ def parse_command_line(argv: Sequence[str] | None = None, prog: str = "main.py")
     parser = Parser(
         prog=prog,
         usage=f"{prog} [-m NAME | -c FILE] [--OPTION VALUE ...]",
-        description="Train and evaluate DAB-DETR and DN-DETR on data in COCO format.",
+        description="Train and evaluate DAB-DETR, DN-DETR and DINO on data in COCO format.",
         epilog="-m NAME alone means that model's published settings: "
         + ", ".join(f"{m} = configs/{c}.py" for m, c in MODELS.items()),
         allow_abbrev=False,

@@ -1,0 +1,263 @@
+"""The deformable models and DINO: gradients, query selection, contrastive denoising, backbones."""
+
+import pytest
+import torch
+
+from models import build_model
+from models.deformable_transformer import Tokens
+from models.dn_components import prepare_for_cdn, prepare_for_cdn_of_dn_detr
+from models.query_selection import proposals, select_queries
+from models.swin import Swin
+from util.box_ops import box_cxcywh_to_xyxy
+from util.config import load_config
+from util.errors import UserError
+from util.nested_tensor import nested_tensor_from_tensor_list
+
+CONFIGS = [
+    "dab_deformable_detr_r50",
+    "dn_dab_deformable_detr_r50",
+    "dn_dab_deformable_detr_deformable_encoder_only_r50_3pat",
+    "dn_dab_dino_deformable_detr_r50",
+    "dino_4scale_r50",
+]
+SMALL = {
+    "backbone": "timm/resnet10t",
+    "pretrained_backbone": False,
+    "hidden_dim": 32,
+    "nheads": 4,
+    "dim_feedforward": 32,
+    "enc_layers": 1,
+    "dec_layers": 3,
+    "num_queries": 12,
+    "num_classes": 5,
+    "device": "cpu",
+}
+
+
+def build(config: str, **options):
+    torch.manual_seed(0)
+    return build_model(load_config(f"configs/{config}.py", overrides=SMALL | options))
+
+
+def make_batch(counts=(2, 3)):
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(3, *size, generator=generator) for size in ((96, 128), (112, 80))]
+    targets = []
+    for count in counts:
+        centre = torch.rand(count, 2, generator=generator) * 0.4 + 0.3
+        size = torch.rand(count, 2, generator=generator) * 0.3 + 0.1
+        labels = torch.randint(5, (count,), generator=generator)
+        targets.append({"labels": labels, "boxes": torch.cat([centre, size], 1)})
+    return images, targets
+
+
+def total_loss(criterion, outputs, targets):
+    losses = criterion(outputs, targets)
+    return sum(losses[name] * weight for name, weight in criterion.weight_dict.items())
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 0)], ids=["objects", "no objects"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_parameter_gets_a_gradient(config, counts):
+    model, criterion, _ = build(config)
+    images, targets = make_batch(counts)
+    losses = criterion(model(images, targets), targets)
+    assert set(criterion.weight_dict) <= set(losses)
+    total = sum(losses[name] * weight for name, weight in criterion.weight_dict.items())
+    assert total.isfinite()
+    total.backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_evaluation_gives_boxes_for_every_image(config):
+    model, _, postprocess = build(config)
+    images, _ = make_batch()
+    with torch.no_grad():
+        outputs = model.eval()(images)
+    queries = 36 if "3pat" in config else 12
+    assert outputs["pred_logits"].shape == (2, queries, 5)
+    assert outputs["pred_boxes"].shape == (2, queries, 4)
+    assert len(outputs["aux_outputs"]) == 2 and "dn" not in outputs
+    results = postprocess(outputs, torch.tensor([[96, 128], [112, 80]]))
+    assert [len(r["scores"]) for r in results] == [5 * queries] * 2  # fewer than num_select
+
+
+@pytest.mark.parametrize("forward_twice", [True, False])
+def test_look_forward_twice_lets_a_layer_train_the_one_before(forward_twice):
+    model, _, _ = build(
+        "dino_4scale_r50", look_forward_twice=forward_twice, dec_pred_bbox_embed_share=False
+    )
+    for head in model.bbox_embed:  # a head that begins at zero passes nothing on
+        torch.nn.init.normal_(head.layers[-1].weight, std=0.1)
+    images, _ = make_batch()
+    outputs = model(images)
+    boxes = [*(layer["pred_boxes"] for layer in outputs["aux_outputs"]), outputs["pred_boxes"]]
+    for i in (1, 2):
+        model.zero_grad()
+        boxes[i].sum().backward(retain_graph=True)
+        reached = [
+            head.layers[-1].bias.grad is not None and bool(head.layers[-1].bias.grad.any())
+            for head in model.bbox_embed
+        ]
+        expected = [j == i or (forward_twice and j == i - 1) for j in range(3)]
+        assert reached == expected, f"boxes of layer {i}"
+
+
+@pytest.mark.parametrize("selection", ["mixed", "pure"])
+def test_selected_queries_pass_no_gradient_to_the_encoder_heads(selection):
+    model, _, _ = build("dino_4scale_r50", query_selection=selection)
+    images, _ = make_batch()
+    outputs = model(images)
+    (outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()).backward()
+    heads = (
+        model.transformer.enc_output,
+        model.transformer.enc_out_bbox_embed,
+        model.transformer.enc_out_class_embed,
+    )
+    assert all(p.grad is None for head in heads for p in head.parameters())
+    learned = getattr(model.transformer, "tgt_embed", None)
+    assert (learned is not None) == (selection == "mixed")
+    if learned is not None:
+        assert learned.weight.grad.any()
+
+
+def test_ablations_are_one_option_each():
+    images, targets = make_batch()
+    for options in (
+        {"use_dn": False},
+        {"contrastive": False, "dn_number": 2},
+        {"query_selection": "static"},
+        {"query_selection": "pure"},
+        {"look_forward_twice": False},
+        {"two_stage_class_embed_share": True, "two_stage_bbox_embed_share": True},
+        {"num_feature_levels": 5, "return_interm_indices": [0, 1, 2, 3]},
+        {"dn_label_noise_ratio": 0.0},
+        {"dn_box_noise_scale": 0.0},
+    ):
+        model, criterion, _ = build("dino_4scale_r50", **options)
+        assert total_loss(criterion, model(images, targets), targets).isfinite(), options
+
+
+# Query selection
+
+
+def make_tokens() -> Tokens:
+    masks = [torch.zeros(2, 6, 8, dtype=torch.bool), torch.zeros(2, 3, 4, dtype=torch.bool)]
+    masks[0][1, :, 4:] = True
+    masks[1][1, :, 2:] = True
+    features = [torch.randn(2, 16, *mask.shape[1:]) for mask in masks]
+    positions = [torch.zeros(2, *mask.shape[1:], 16) for mask in masks]
+    return Tokens.of_levels(features, masks, positions, torch.zeros(2, 16))
+
+
+def test_proposals_lie_on_their_tokens():
+    tokens = make_tokens()
+    anchors, usable = proposals(tokens)
+    boxes = anchors.sigmoid()
+    token = 0
+    for level, (height, width) in enumerate(tokens.sizes):
+        for row in range(height):
+            for column in range(width):
+                for image, real_width in ((0, width), (1, width // 2)):
+                    expected = torch.tensor([(column + 0.5) / real_width, (row + 0.5) / height])
+                    if column >= real_width:
+                        assert anchors[image, token].isinf().all() and not usable[image, token]
+                    else:
+                        torch.testing.assert_close(boxes[image, token, :2], expected)
+                        side = torch.full((2,), 0.05 * 2**level)
+                        torch.testing.assert_close(boxes[image, token, 2:], side)
+                token += 1
+    assert token == boxes.shape[1]
+
+
+def test_best_tokens_are_selected_and_padding_never_among_enough_others():
+    tokens = make_tokens()
+    memory = torch.randn(2, 60, 16)
+    class_head, box_head = torch.nn.Linear(16, 3), torch.nn.Linear(16, 4)
+    best = lambda logits: logits.amax(-1)
+    selection = select_queries(memory, tokens, torch.nn.Identity(), class_head, box_head, 5, best)
+    scores = best(selection.logits)
+    for image in range(2):
+        expected = scores[image].sort(descending=True).indices[:5]
+        assert selection.index[image].tolist() == expected.tolist()
+    torch.testing.assert_close(selection.anchors, selection.of_selected(selection.boxes))
+    with pytest.raises(ValueError, match="num_queries: 61"):
+        select_queries(memory, tokens, torch.nn.Identity(), class_head, box_head, 61, best)
+
+
+# Contrastive denoising
+
+
+def prepare(function, counts=(2, 3), **noise):
+    _, targets = make_batch(counts)
+    label_enc = torch.nn.Embedding(6, 8)
+    anchors, content = torch.zeros(len(counts), 4, 4), torch.zeros(len(counts), 4, 8)
+    return targets, function(targets, label_enc, anchors, content, **noise)
+
+
+@pytest.mark.parametrize(("number", "groups"), [(200, 33), (100, 16), (99, 99), (7, 7), (0, 1)])
+def test_number_of_contrastive_groups(number, groups):
+    _, (content, _, mask, dn) = prepare(prepare_for_cdn, num_denoising=number)
+    assert dn.num_groups == groups
+    assert dn.num_queries == groups * 2 * 3 == content.shape[1] - 4
+    assert mask.shape == (dn.num_queries + 4,) * 2
+
+
+def test_positives_are_near_and_negatives_further_off():
+    targets, (_, anchors, _, dn) = prepare(prepare_for_cdn, num_denoising=600, box_noise_scale=0.4)
+    noisy = box_cxcywh_to_xyxy(anchors.sigmoid()[:, : dn.num_queries])
+    true, size = box_cxcywh_to_xyxy(dn.boxes), dn.boxes[:, 2:].repeat(1, 2) / 2 * 0.4
+    image, query = dn.to_box
+    near = (noisy[image, query] - true).abs() / size
+    far = (noisy[image, query + 3] - true).abs() / size
+    assert near.max() <= 1.01 and near.max() > 0.9
+    assert far.max() <= 2.01 and far.min() >= 0.99
+    assert dn.supervised.all()
+    assert dn.labels.tolist() == [label for t in targets for label in t["labels"].tolist()] * 100
+
+
+def test_dn_detr_s_own_code_agrees_for_one_image():
+    noise = {"num_denoising": 100, "label_noise_ratio": 0.0, "box_noise_scale": 0.0}
+    torch.manual_seed(0)
+    _, (content, anchors, mask, dn) = prepare(prepare_for_cdn, (3,), **noise)
+    torch.manual_seed(0)
+    _, (own_content, own_anchors, own_mask, own) = prepare(
+        prepare_for_cdn_of_dn_detr, (3,), **noise
+    )
+    assert torch.equal(anchors, own_anchors) and torch.equal(mask, own_mask)
+    assert torch.equal(own.labels, dn.labels) and torch.equal(own.boxes, dn.boxes)
+    for ours, theirs in zip((*dn.to_label, *dn.to_box), (*own.to_label, *own.to_box), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(content[dn.to_label], own_content[own.to_label])
+
+
+# Backbones
+
+
+def test_swin_takes_any_size_and_computes_twice_to_the_same_end():
+    images = nested_tensor_from_tensor_list([torch.randn(3, 61, 83), torch.randn(3, 50, 90)])
+    torch.manual_seed(0)
+    swin = Swin("swin_T_224_1k", [2, 3, 4], use_checkpoint=True, drop_path=0.0).train()
+    features = swin(images)
+    assert [tuple(f.tensors.shape) for f in features] == [
+        (2, 192, 8, 12),
+        (2, 384, 4, 6),
+        (2, 768, 2, 3),
+    ]
+    sum(f.tensors.square().mean() for f in features).backward()
+    grads = [p.grad.clone() for p in swin.parameters()]
+    swin.zero_grad()
+    swin.use_checkpoint = False
+    again = swin(images)
+    sum(f.tensors.square().mean() for f in again).backward()
+    for a, b in zip(features, again, strict=True):
+        torch.testing.assert_close(a.tensors, b.tensors)
+    for grad, p in zip(grads, swin.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad)
+
+
+def test_dilation_of_a_swin_is_refused():
+    with pytest.raises(UserError, match="swin_T_224_1k has no dilated last stage"):
+        build("dino_4scale_r50", backbone="swin_T_224_1k", dilation=True)
