@@ -134,3 +134,29 @@ def test_mistake_exits_with_status_2():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == "main.py: error: epochs: 0 is less than 1\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "selection"),
+    [
+        ("-m dn_dab_dino_deformable_detr --two_stage --contrastive --use_mqs --use_lft", "mixed"),
+        ("-m dn_dab_dino_deformable_detr --two_stage --use_mqs FALSE", "pure"),
+        ("-m dn_dab_deformable_detr --two_stage", "pure"),
+        ("-m dn_deformable_detr", "static"),
+        ("-c configs/dino_4scale_r50.py --options embed_init_tgt=TRUE", "mixed"),
+        ("-c configs/dino_4scale_r50.py --options embed_init_tgt=False", "pure"),
+        ("-c configs/dino_4scale_r50.py --options two_stage_type=no", "static"),
+        ("-c configs/dino_4scale_r50.py --options two_stage_type=standard", "mixed"),
+    ],
+)
+def test_released_switches_of_query_selection(words, selection):
+    assert parse_command_line(words.split()).query_selection == selection
+
+
+def test_published_command_of_dino_in_dn_detr_s_code():
+    words = (
+        "-m dn_dab_dino_deformable_detr --two_stage --contrastive --use_mqs --use_lft"
+        " --scalar 100 --use_dn"
+    )
+    cfg = parse_command_line(words.split())
+    assert cfg == load_config("configs/dn_dab_dino_deformable_detr_r50.py")

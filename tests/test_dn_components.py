@@ -17,7 +17,7 @@ from models.dn_components import (
     group_mask,
     prepare_for_dn,
 )
-from models.transformer import Transformer
+from models.transformer import Decoder
 from util.box_ops import inverse_sigmoid
 
 C, D, Q = 6, 32, 7
@@ -63,7 +63,7 @@ def test_gradients_do_not_cross_groups():
     of another group; but a group does depend on the matching part and on itself."""
     torch.manual_seed(0)
     groups, size = 3, 2
-    decoder = Transformer(D, 4, 0, 2, 64, 0.0, "relu", 0).decoder
+    decoder = Decoder(2, D, 4, 64, 0.0, "relu")
     decoder.bbox_embed = nn.Linear(D, 4)
     label_enc = nn.Embedding(C + 1, D - 1)
     content, anchors, blocked, _ = prepare_for_dn(

@@ -55,6 +55,12 @@ ALIASES = {
     "use_lft": "look_forward_twice",
 }
 
+# Another name that published commands have for a model.
+MODEL_ALIASES = {"dn_deformable_detr": "dn_dab_deformable_detr"}
+
+# The released switches whose combinations are today's query_selection.
+SELECTION_SWITCHES = ("two_stage", "two_stage_type", "use_mqs", "embed_init_tgt")
+
 # Released flags with nothing left to choose. They are accepted and do nothing.
 RETIRED = {
     "find_unused_params": "every parameter takes part in every step",
@@ -331,6 +337,12 @@ def parse_value(name: str, value: Any) -> Any:
     Booleans may be written true, TRUE, 1, ...; lists as [1,2], 1,2 or several words; `none` stands
     for None where that is allowed. Raises UserError for anything else.
     """
+    if name == "two_stage_type":
+        return value != "no"
+    if name in SELECTION_SWITCHES:
+        return convert(name, bool, value)
+    if name == "modelname":
+        value = MODEL_ALIASES.get(value, value)
     kind = TYPES[name]
     if isinstance(kind, types.UnionType):
         if value is None or str(value).lower() in ("none", "null"):
@@ -369,7 +381,7 @@ def convert(name: str, kind: type, value: Any) -> Any:
 
 def known_name(name: str, where: str) -> str | None:
     """Today's name of an option, None for a retired one, UserError with the nearest name else."""
-    if name in FIELDS:
+    if name in FIELDS or name in SELECTION_SWITCHES:
         return name
     if name in ALIASES:
         return ALIASES[name]
@@ -396,7 +408,25 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     for name, value in assigned.items():
         if not name.startswith("_") and (known := known_name(name, str(path))):
             values[known] = parse_value(known, value)
-    return values
+    return resolve_selection(values)
+
+
+def resolve_selection(values: dict[str, Any]) -> dict[str, Any]:
+    """Replaces the released switches by the query_selection that they mean together.
+
+    --two_stage, or two_stage_type other than "no", selects tokens; --use_mqs or embed_init_tgt
+    keeps the content learned all the same.
+    """
+    given = {name: values.pop(name) for name in SELECTION_SWITCHES if name in values}
+    selection = values.get("query_selection", "static")
+    if any(given.get(name) is False for name in ("two_stage", "two_stage_type")):
+        selection = "static"
+    elif selection == "static" and any(given.get(n) for n in ("two_stage", "two_stage_type")):
+        selection = "pure"
+    for name in ("use_mqs", "embed_init_tgt"):
+        if name in given and selection != "static":
+            selection = "mixed" if given[name] else "pure"
+    return values | ({"query_selection": selection} if given else {})
 
 
 def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
@@ -409,7 +439,7 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
     for name, value in (overrides or {}).items():
         if known := known_name(name, "overrides"):
             values[known] = parse_value(known, value)
-    return Config(**values)
+    return Config(**resolve_selection(values))
 
 
 class Parser(argparse.ArgumentParser):
@@ -452,8 +482,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             else:
                 section.add_argument(*flags, dest=name, help=text, **extra)
     parser.set_defaults(**dict.fromkeys(FIELDS))
-    for name in RETIRED:
-        parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
+    for name in (*RETIRED, *SELECTION_SWITCHES):
+        parser.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
 
 
 def parse_command_line(argv: Sequence[str] | None = None, prog: str = "main.py") -> Config:
@@ -476,10 +506,11 @@ def config_from_args(args: argparse.Namespace, unknown: Sequence[str]) -> Config
         if word.startswith("-"):
             known_name(word.lstrip("-").split("=")[0], "command line")
         raise UserError(f"command line: {word!r} belongs to no option")
-    flags = {k: v for k, v in vars(args).items() if k in FIELDS and v is not None}
+    known = (*FIELDS, *SELECTION_SWITCHES)
+    flags = {k: v for k, v in vars(args).items() if k in known and v is not None}
     path = args.config_file
     if path is None and "modelname" in flags:
-        name = flags["modelname"]
+        name = MODEL_ALIASES.get(flags["modelname"], flags["modelname"])
         if name not in MODELS:
             raise UserError(
                 f"-m: there is no model {name}{nearest(name, list(MODELS))} "
