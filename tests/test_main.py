@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -187,6 +188,33 @@ def test_nonfinite_loss_stops_the_run(small: list[str], capsys):
     out = Path(small[-1])
     assert read_checkpoint(out / "checkpoint_nonfinite.pth")["nonfinite"] is True
     assert latest_checkpoint(out) is None
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "dab_deformable_detr",
+        "dn_dab_deformable_detr",
+        "dn_dab_deformable_detr_deformable_encoder_only",
+        "dn_dab_dino_deformable_detr",
+        "dino",
+    ],
+)
+def test_deformable_models_train_and_a_released_file_evaluates(model, small, tmp_path, capsys):
+    """In the format the authors publish: an argparse Namespace, an optimiser and all."""
+    options = small[small.index("--backbone") :]
+    options += ["--pretrained_backbone", "False", "--dn_number", "2", "--num_patterns", "0"]
+    assert main(["-m", model, *options]) == 0
+    ours = read_checkpoint(tmp_path / "out" / "checkpoint.pth")
+    names = ("model", "optimizer", "lr_scheduler", "epoch")
+    released = {name: ours[name] for name in names} | {"args": argparse.Namespace(modelname=model)}
+    torch.save(released, tmp_path / "released.pth")
+    first = read_log(tmp_path / "out")[-1]["test_coco_eval_bbox"]
+    again = ["--resume", str(tmp_path / "released.pth"), "--num_classes", "6", "--eval"]
+    capsys.readouterr()
+    assert main(["-m", model, *options, *again]) == 0
+    ap = re.search(r"\(AP\).*= (-?[0-9.]+)", capsys.readouterr().out)[1]
+    assert float(ap) == pytest.approx(first[0], abs=6e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
