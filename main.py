@@ -134,7 +134,12 @@ class Run:
             report = load_weights(self.model, path, strict=False, ignore=ignore)
             logger.info("%s:\n%s", path, report)
         elif self.cfg.pretrained_backbone:
-            load_backbone(self.model.backbone[0].body, self.cfg.backbone, self.cfg.backbone_weights)
+            load_backbone(
+                self.model.backbone[0],
+                self.cfg.backbone,
+                self.cfg.backbone_weights,
+                self.cfg.backbone_dir,
+            )
         if self.ema:
             self.ema.load_state_dict(self.model.state_dict())
 

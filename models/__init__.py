@@ -55,6 +55,9 @@ def build_model(cfg: Config) -> tuple[nn.Module, SetCriterion, PostProcess]:
             freeze_stem=cfg.pretrained_backbone,
             trainable=cfg.lr_backbone > 0,
         )
+    for name, parameter in backbone.named_parameters():
+        if any(keyword in name for keyword in cfg.backbone_freeze_keywords):
+            parameter.requires_grad_(False)
     position_encoding = SinePositionEncoding(
         cfg.hidden_dim, cfg.pe_temperatureH, cfg.pe_temperatureW, cfg.pe_offset
     )

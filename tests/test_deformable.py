@@ -9,6 +9,7 @@ from models.dn_components import prepare_for_cdn, prepare_for_cdn_of_dn_detr
 from models.query_selection import proposals, select_queries
 from models.swin import Swin
 from util.box_ops import box_cxcywh_to_xyxy
+from util.checkpoint import load_backbone
 from util.config import load_config
 from util.errors import UserError
 from util.nested_tensor import nested_tensor_from_tensor_list
@@ -256,6 +257,31 @@ def test_swin_takes_any_size_and_computes_twice_to_the_same_end():
         torch.testing.assert_close(a.tensors, b.tensors)
     for grad, p in zip(grads, swin.parameters(), strict=True):
         torch.testing.assert_close(grad, p.grad)
+
+
+def test_swin_begins_with_its_authors_file(tmp_path):
+    torch.manual_seed(0)
+    swin, other = (Swin("swin_T_224_1k", [2, 3, 4], use_checkpoint=False) for _ in range(2))
+    with pytest.raises(UserError, match=r"swin_tiny_patch4_window7_224.pth is not there.*backbone"):
+        load_backbone(swin, "swin_T_224_1k", directory=str(tmp_path))
+    state = {k: v for k, v in other.state_dict().items() if not k.startswith("norm")}
+    state |= {"norm.weight": torch.ones(768), "head.weight": torch.ones(1000, 768)}
+    torch.save({"model": state}, tmp_path / "swin_tiny_patch4_window7_224.pth")
+    load_backbone(swin, "swin_T_224_1k", directory=str(tmp_path))
+    for name, tensor in swin.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    del state["layers.2.downsample.norm.weight"]
+    torch.save({"model": state}, tmp_path / "short.pth")
+    with pytest.raises(UserError, match=r"layers.2.downsample.norm.weight"):
+        load_backbone(swin, "swin_T_224_1k", str(tmp_path / "short.pth"))
+
+
+def test_parts_of_a_backbone_can_be_frozen():
+    options = {"backbone": "swin_T_224_1k", "backbone_freeze_keywords": ["patch_embed", "layers.0"]}
+    model, _, _ = build("dino_4scale_r50", **options)
+    frozen = [n for n, p in model.backbone[0].named_parameters() if not p.requires_grad]
+    assert frozen and all("patch_embed" in name or "layers.0" in name for name in frozen)
+    assert {name.split(".")[0] for name in frozen} == {"patch_embed", "layers"}
 
 
 def test_dilation_of_a_swin_is_refused():

@@ -29,6 +29,16 @@ STEP_COUNTER = "num_batches_tracked"  # of BatchNorm: a frozen one has none, an 
 ZIP_HEAD, PICKLE_HEAD = b"PK\x03\x04", b"\x80"  # torch.save's format, and its format before 1.6
 CANDIDATE = re.compile(r"checkpoint(\d{4,})?\.pth")  # not checkpoint_best*, not *_nonfinite
 
+# Pretrained backbones, as their authors name the files.
+RELEASED_FILES = {
+    "swin_T_224_1k": "swin_tiny_patch4_window7_224.pth",
+    "swin_B_224_22k": "swin_base_patch4_window7_224_22k.pth",
+    "swin_B_384_22k": "swin_base_patch4_window12_384_22k.pth",
+    "swin_L_224_22k": "swin_large_patch4_window7_224_22k.pth",
+    "swin_L_384_22k": "swin_large_patch4_window12_384_22k.pth",
+    "convnext_xlarge_22k": "convnext_xlarge_22k_224.pth",
+}
+
 
 def save_checkpoint(path: str | os.PathLike, state: dict) -> None:
     """Writes `state` to `path` so that a crash at any moment leaves the old file or the new one.
@@ -288,13 +298,18 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state(device_state, device)
 
 
-def load_backbone(body: nn.Module, name: str, path: str = "") -> None:
-    """Put ImageNet weights into a backbone's `body`, from a local file or from the network.
+def load_backbone(backbone: nn.Module, name: str, path: str = "", directory: str = "") -> None:
+    """Put pretrained weights into a backbone, from a local file or from the network.
 
-    `name` is one of torchvision's models, or timm/NAME. What the file has beside the body's
-    tensors, such as the classifier, is left out. UserError where the download fails, and where a
-    tensor of the body is not in the file or has another shape.
+    `name` is one of torchvision's ResNets, timm/NAME, or a Swin or ConvNeXt by its released name,
+    whose file, as its authors call it, is looked for in `directory`. What the file has beside the
+    backbone's tensors, such as the classifier, is left out. UserError where there is no file, where
+    the download fails, and where a tensor of the backbone is not in the file or has another shape.
     """
+    if name in RELEASED_FILES:
+        _load_released(backbone, name, path, directory)
+        return
+    body = backbone.body
     try:
         if name.startswith("timm/"):
             import timm  # slow to import, and not needed to read a checkpoint
@@ -321,3 +336,18 @@ def load_backbone(body: nn.Module, name: str, path: str = "") -> None:
     wanted = body.state_dict()
     found = {k: v for k, v in source.items() if k in wanted}
     load_weights(body, found, source=path or f"pretrained {name}")
+
+
+def _load_released(backbone: nn.Module, name: str, path: str, directory: str) -> None:
+    path = path or os.path.join(directory, RELEASED_FILES[name])
+    if not os.path.exists(path):
+        raise UserError(
+            f"backbone: no pretrained weights for {name} ({path} is not there); put its authors' "
+            "file into --backbone_dir, name one with --backbone_weights, or train without with "
+            "--no_pretrained_backbone"
+        )
+    source = _find_state_dict(read_checkpoint(path), path)
+    # The norms of the feature maps came with detection; a classifier's file does not have them.
+    found = {k: v for k, v in backbone.state_dict().items() if re.match(r"norm\d\.", k)}
+    found |= {k: v for k, v in source.items() if k in backbone.state_dict()}
+    load_weights(backbone, found, source=path)

@@ -105,6 +105,10 @@ class ModelOptions:
     )
     pretrained_backbone: bool = option(True, "begin with ImageNet weights, and freeze the stem")
     backbone_weights: str = option("", "local file of those weights, in place of the download")
+    backbone_dir: str = option("", "directory of the Swin and ConvNeXt authors' files")
+    backbone_freeze_keywords: list[str] = option(
+        [], "freeze the backbone's parameters with one of these in their names"
+    )
     use_checkpoint: bool = option(
         False, "Swin, ConvNeXt: compute blocks twice in training, to save memory"
     )
