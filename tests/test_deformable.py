@@ -287,3 +287,10 @@ def test_parts_of_a_backbone_can_be_frozen():
 def test_dilation_of_a_swin_is_refused():
     with pytest.raises(UserError, match="swin_T_224_1k has no dilated last stage"):
         build("dino_4scale_r50", backbone="swin_T_224_1k", dilation=True)
+
+
+def test_options_that_a_model_cannot_have_are_refused():
+    with pytest.raises(UserError, match=r"query_selection.*dn_dab_detr has neither"):
+        build("dn_dab_detr_r50", query_selection="mixed")
+    with pytest.raises(UserError, match="num_feature_levels: 2 is less than the 3 levels"):
+        build("dino_4scale_r50", num_feature_levels=2)

@@ -283,6 +283,16 @@ class Config(RunOptions, TrainingOptions, DataOptions, LossOptions, DenoisingOpt
             raise UserError(f"use_dn: {self.modelname} has no denoising part; use -m dn_dab_detr")
         if len(self.data_aug_scales) == 0 or len(self.return_interm_indices) == 0:
             raise UserError("data_aug_scales and return_interm_indices need at least one number")
+        dense_queries = self.modelname in ("dab_detr", "dn_dab_detr") or "only" in self.modelname
+        if dense_queries and (self.query_selection != "static" or self.look_forward_twice):
+            raise UserError(
+                f"query_selection, look_forward_twice: {self.modelname} has neither; use dino"
+            )
+        if self.num_feature_levels < len(self.return_interm_indices):
+            raise UserError(
+                f"num_feature_levels: {self.num_feature_levels} is less than the "
+                f"{len(self.return_interm_indices)} levels of return_interm_indices"
+            )
         if self.onecyclelr and self.multi_step_lr:
             raise UserError("onecyclelr and multi_step_lr exclude each other")
 
