@@ -121,6 +121,7 @@ def _default_backend(device_type: str) -> str:
     except native.Unavailable as error:
         _log.warning("deformable attention runs on its slow PyTorch reference: %s", error)
         return "reference"
+    _log.info("deformable attention runs on its compiled backend, %s", backend)
     return backend
 
 
