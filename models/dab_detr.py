@@ -16,6 +16,21 @@ from .position_encoding import SinePositionEncoding
 from .transformer import Transformer
 
 
+def class_head(dim: int, num_classes: int) -> nn.Linear:
+    """A linear classifier that begins by calling everything background."""
+    head = nn.Linear(dim, num_classes)
+    nn.init.constant_(head.bias, -math.log(99))
+    return head
+
+
+def box_head(dim: int) -> MLP:
+    """The refinement of an anchor; begins at none."""
+    head = MLP(dim, dim, 4, 3)
+    nn.init.zeros_(head.layers[-1].weight)
+    nn.init.zeros_(head.layers[-1].bias)
+    return head
+
+
 class DABDETR(nn.Module):
     """Anchors as queries, refined layer by layer; with `label_enc` the queries are DN-DETR's.
 
@@ -39,11 +54,8 @@ class DABDETR(nn.Module):
         one of `dn_components`' with its noise set, None to train without."""
         super().__init__()
         self.transformer = transformer
-        self.class_embed = nn.Linear(hidden_dim, num_classes)
-        nn.init.constant_(self.class_embed.bias, -math.log(99))
-        self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
-        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
-        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+        self.class_embed = class_head(hidden_dim, num_classes)
+        self.bbox_embed = box_head(hidden_dim)
         transformer.decoder.bbox_embed = self.bbox_embed
         self.refpoint_embed = nn.Embedding(num_queries, 4)
         self.input_proj = input_proj

@@ -6,7 +6,6 @@ where queries come from, and the denoising; encoder and decoder are the same.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,28 +13,13 @@ from torch import Tensor, nn
 
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
-from .attention import MLP, init_transformer
+from .attention import init_transformer
 from .backbone import Backbone, resize_mask
-from .dab_detr import DABDETR
+from .dab_detr import DABDETR, box_head, class_head
 from .deformable_transformer import DeformableDecoder, DeformableEncoder, Tokens
 from .dn_components import dn_post_process, with_indicator
 from .position_encoding import SinePositionEncoding
 from .query_selection import Selection, select_queries
-
-
-def class_head(dim: int, num_classes: int) -> nn.Linear:
-    """A linear classifier that begins by calling everything background."""
-    head = nn.Linear(dim, num_classes)
-    nn.init.constant_(head.bias, -math.log(99))
-    return head
-
-
-def box_head(dim: int) -> MLP:
-    """The refinement of an anchor; begins at none."""
-    head = MLP(dim, dim, 4, 3)
-    nn.init.zeros_(head.layers[-1].weight)
-    nn.init.zeros_(head.layers[-1].bias)
-    return head
 
 
 def clones(module: nn.Module, number: int, share: bool) -> nn.ModuleList:

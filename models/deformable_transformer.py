@@ -56,16 +56,16 @@ class Tokens:
         valid_ratios = torch.stack(valid, dim=1) / shapes.flip(-1)
         return cls(content, pos, mask, sizes, shapes, starts, valid_ratios)
 
-    def pixel_centres(self) -> Tensor:
-        """(S, 2) as (x, y), in pixels of each token's own level."""
-        centres = []
+    def places(self) -> Tensor:
+        """(B, S, 2): where each token is, (x, y) in fractions of its image without padding."""
+        centres = []  # in pixels of the token's own level
         for height, width in self.sizes:
             y, x = torch.meshgrid(
                 *(torch.arange(n, device=self.mask.device) + 0.5 for n in (height, width)),
                 indexing="ij",
             )
             centres.append(torch.stack([x, y], dim=-1).flatten(0, 1))
-        return torch.cat(centres)
+        return torch.cat(centres) / self.per_token(self.spatial_shapes.flip(-1) * self.valid_ratios)
 
     def per_token(self, of_levels: Tensor) -> Tensor:
         """(..., L, n) -> (..., S, n): what belongs to each level, for each of its tokens."""
@@ -111,9 +111,7 @@ class DeformableEncoder(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """-> memory (B, S, D)."""
-        size = tokens.per_token(tokens.spatial_shapes.flip(-1) * tokens.valid_ratios)
-        places = tokens.pixel_centres() / size  # (B, S, 2), in fractions of the unpadded image
-        reference_points = places[:, :, None] * tokens.valid_ratios[:, None]
+        reference_points = tokens.places()[:, :, None] * tokens.valid_ratios[:, None]
         x = tokens.content
         for layer in self.layers:
             x = layer(x, reference_points, tokens)

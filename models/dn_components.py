@@ -37,12 +37,10 @@ class Denoising:
 
     `to_label`, (image, query), are the queries that are to restore `labels`, `to_box` those that
     are to restore `boxes`, mostly the same; every other query in `supervised` is to be called
-    background. `num_queries` is P, the length of the denoising part. `dn_post_process` fills in
-    what the decoder said about them.
+    background. `dn_post_process` fills in what the decoder said about them.
     """
 
     num_groups: int
-    num_queries: int
     to_label: tuple[Tensor, Tensor]  # (N,), (N,) int64
     labels: Tensor  # (N,) int64
     to_box: tuple[Tensor, Tensor]  # (N,), (N,) int64
@@ -50,6 +48,11 @@ class Denoising:
     supervised: Tensor  # (B, P) bool
     pred_logits: Tensor | None = None  # (L, B, P, C)
     pred_boxes: Tensor | None = None  # (L, B, P, 4)
+
+    @property
+    def num_queries(self) -> int:
+        """P, the length of the denoising part."""
+        return self.supervised.shape[1]
 
 
 def add_label_noise(labels: Tensor, num_classes: int, ratio: float) -> Tensor:
@@ -139,15 +142,7 @@ def prepare_for_dn(
     where = objects.image, objects.query
     supervised = torch.zeros(batch_size, num_groups * group_size, device=anchors.device).bool()
     supervised[where] = True
-    dn = Denoising(
-        num_groups,
-        supervised.shape[1],
-        where,
-        objects.labels,
-        where,
-        objects.boxes,
-        supervised,
-    )
+    dn = Denoising(num_groups, where, objects.labels, where, objects.boxes, supervised)
     known = label_enc(noisy_labels), inverse_sigmoid(noisy_boxes)
     return _put_in_front(content, anchors, known, where, dn)
 
@@ -180,14 +175,12 @@ def prepare_for_cdn(
     far = objects.image, objects.query + largest
     num_classes = num_classes or label_enc.num_embeddings - 1
     noisy_labels = add_label_noise(objects.labels.repeat(2), num_classes, label_noise_ratio / 2)
-    noisy_boxes = [add_corner_noise(objects.boxes, box_noise_scale, far) for far in (False, True)]
+    noisy_boxes = [add_corner_noise(objects.boxes, box_noise_scale, neg) for neg in (False, True)]
     # Also the places left free in images with fewer objects are called background, as released.
     supervised = torch.ones(
         len(anchors), num_groups * 2 * largest, dtype=torch.bool, device=anchors.device
     )
-    dn = Denoising(
-        num_groups, supervised.shape[1], near, objects.labels, near, objects.boxes, supervised
-    )
+    dn = Denoising(num_groups, near, objects.labels, near, objects.boxes, supervised)
     known = label_enc(noisy_labels), inverse_sigmoid(torch.cat(noisy_boxes))
     where = tuple(torch.cat(pair) for pair in zip(near, far, strict=True))
     return _put_in_front(content, anchors, known, where, dn)
@@ -234,7 +227,6 @@ def prepare_for_cdn_of_dn_detr(
     supervised[where] = True
     dn = Denoising(
         num_groups,
-        supervised.shape[1],
         tuple(x[is_object] for x in where),
         objects.labels[is_object],
         tuple(x[is_near] for x in where),

@@ -43,8 +43,7 @@ def proposals(tokens: Tokens) -> tuple[Tensor, Tensor]:
     Returns (B, S, 4) before the sigmoid, infinite where the token is padding or the box leaves
     (0.01, 0.99), and (B, S, 1), True where it is neither.
     """
-    size = tokens.per_token(tokens.spatial_shapes.flip(-1) * tokens.valid_ratios)
-    centre = tokens.pixel_centres() / size  # (B, S, 2)
+    centre = tokens.places()
     level = torch.arange(len(tokens.spatial_shapes), device=centre.device)
     side = tokens.per_token(0.05 * 2.0 ** level[:, None])  # (S, 1)
     boxes = torch.cat([centre, side.expand(*centre.shape)], dim=-1)
