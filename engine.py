@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from datasets.coco_eval import CocoEvaluator
+from models.matcher import MatchingLog
 from util.config import Config
 from util.ema import ModelEma
 from util.logging import Averages, Progress, peak_memory_mb
@@ -126,10 +127,12 @@ def evaluate(
     device: torch.device,
     cfg: Config,
     annotated: bool = True,
+    matching: MatchingLog | None = None,
 ) -> dict[str, float | list[float]]:
     """Fill `evaluator` with detections; return losses and COCO's figures.
 
-    Without annotations (`annotated` False) there is nothing to return but the speed.
+    Without annotations (`annotated` False) there is nothing to return but the speed. With
+    `matching`, its summary is returned as well.
     """
     model.eval()
     criterion.eval()
@@ -142,13 +145,18 @@ def evaluate(
         with autocast(cfg, device):
             outputs = model(images)
         if annotated:
-            losses = criterion(outputs, to_device(targets, device))
+            targets = to_device(targets, device)
+            losses = criterion(outputs, targets)
             averages.update(
                 read_losses(weighted_losses(losses, weights), losses, weights), len(targets)
             )
+            if matching:
+                matching.update(outputs, targets)
         sizes = torch.stack([t["orig_size"] for t in targets]).to(device)
         results = postprocess(outputs, sizes)
         ids = [int(t["image_id"]) for t in targets]
         evaluator.update(dict(zip(ids, results, strict=True)))
     stats = averages.means() | {"images_per_second": progress.images_per_second}
+    if matching:
+        stats |= matching.summary()
     return stats | {"coco_eval_bbox": evaluator.summarize()} if annotated else stats

@@ -20,6 +20,7 @@ from datasets.coco import ClassMap, CocoDetection, build_dataset, collate
 from datasets.coco_eval import CocoEvaluator
 from engine import NonFiniteLoss, evaluate, train_one_epoch
 from models import build_model
+from models.matcher import MatchingLog
 from util.checkpoint import (
     latest_checkpoint,
     load_backbone,
@@ -109,6 +110,7 @@ class Run:
         fp16 = cfg.amp and cfg.amp_dtype == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.ema = ModelEma(self.model, cfg.ema_decay) if cfg.use_ema else None
+        self.matches = None  # of the last evaluation, with --log_matching
 
     def state_dict(self) -> dict:
         return {
@@ -119,6 +121,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "rng": rng_state(),
+            "matches": self.matches,
             "config": dataclasses.asdict(self.cfg),
             "class_map": self.class_map.state_dict(),
         }
@@ -157,7 +160,7 @@ class Run:
         """
         self.epoch = checkpoint.get("epoch", self.epoch)
         if "rng" not in checkpoint:
-            logger.warning("resume: not a checkpoint of this project, so the optimiser starts anew")
+            logger.warning("resume: no optimiser of ours in the file, so the optimiser starts anew")
             return
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -166,8 +169,15 @@ class Run:
                 f"resume: {self.cfg.resume} has other parameter groups; go on with its "
                 "own lr, lr_backbone, weight_decay, param_dict_type and pretrained_backbone"
             ) from e
-        self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        schedule, wanted = checkpoint["lr_scheduler"], getattr(self.scheduler, "total_steps", None)
+        if schedule.get("total_steps") != wanted:
+            raise UserError(
+                f"resume: the learning rate of {self.cfg.resume} has another course; go on with "
+                "its own onecyclelr, epochs and batch_size"
+            )
+        self.scheduler.load_state_dict(schedule)
         self.scaler.load_state_dict(checkpoint["scaler"])
+        self.matches = checkpoint.get("matches")
         set_rng_state(checkpoint["rng"])
 
     def save(self, path: Path) -> None:
@@ -179,9 +189,13 @@ class Run:
         for prefix, model in (("test", self.model), ("ema_test", self.ema and self.ema.module)):
             if model is None:
                 continue
-            evaluator = CocoEvaluator(loader.dataset)
+            evaluator, matching = CocoEvaluator(loader.dataset), None
+            if self.cfg.log_matching and model is self.model:
+                matching = MatchingLog(self.criterion.matcher, self.matches)
+                self.matches = matching.matches
             parts = (model, self.criterion, self.postprocess, loader, evaluator, self.device)
-            stats |= {f"{prefix}_{k}": v for k, v in evaluate(*parts, self.cfg).items()}
+            found = evaluate(*parts, self.cfg, matching=matching)
+            stats |= {f"{prefix}_{k}": v for k, v in found.items()}
             logger.info("%s\n%s", prefix, evaluator.table())
             if self.cfg.eval_per_class:
                 rows = evaluator.per_class().items()
@@ -261,6 +275,8 @@ def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
             if (epoch + 1) % cfg.lr_drop == 0 or (epoch + 1) % cfg.save_checkpoint_interval == 0:
                 run.save(output_dir / f"checkpoint{epoch:04}.pth")
         test_stats = run.evaluate(val_loader, output_dir)
+        if output_dir and cfg.log_matching:  # the next epoch compares its matches with these
+            run.save(output_dir / "checkpoint.pth")
         if log:
             log.write(
                 {f"train_{k}": v for k, v in stats.items()}

@@ -81,13 +81,7 @@ def build_dense(
     from .deformable_transformer import DeformableEncoder
     from .transformer import Decoder, Encoder, MultiLevelDecoderLayer, Transformer
 
-    layer_args = (
-        cfg.hidden_dim,
-        cfg.nheads,
-        cfg.dim_feedforward,
-        cfg.dropout,
-        cfg.transformer_activation,
-    )
+    layer_args = layer_sizes(cfg)
     if cfg.modelname in ("dab_detr", "dn_dab_detr"):
         detector, num_levels = DABDETR, None
         input_proj = nn.Conv2d(backbone.num_channels[-1], cfg.hidden_dim, kernel_size=1)
@@ -121,14 +115,7 @@ def build_deformable(
     from .deformable_transformer import DeformableDecoder, DeformableEncoder
 
     is_dino = cfg.modelname == "dino"
-    layer_args = (
-        cfg.hidden_dim,
-        cfg.nheads,
-        cfg.dim_feedforward,
-        cfg.dropout,
-        cfg.transformer_activation,
-        cfg.num_feature_levels,
-    )
+    layer_args = (*layer_sizes(cfg), cfg.num_feature_levels)
     decoder = DeformableDecoder(
         cfg.dec_layers,
         *layer_args,
@@ -168,6 +155,17 @@ def build_deformable(
         ),
         label_rows=label_rows,
         prepare_denoising=denoising(cfg),
+    )
+
+
+def layer_sizes(cfg: Config) -> tuple:
+    """What every layer of an encoder or a decoder is made with."""
+    return (
+        cfg.hidden_dim,
+        cfg.nheads,
+        cfg.dim_feedforward,
+        cfg.dropout,
+        cfg.transformer_activation,
     )
 
 

@@ -42,7 +42,8 @@ class SetCriterion(nn.Module):
         boxes, at least 1. Processes that train together pass its mean over all of them.
         Beside the losses there are `class_error`, the matched queries whose best class is wrong
         (%), and `cardinality_error`, how far the number of confident queries is from the
-        number of objects; both of the last layer, and for reading only.
+        number of objects, both of the last layer, and the `dn_groups` and `dn_queries` of the
+        step; all for reading only.
         """
         losses = self.matching_losses([*outputs["aux_outputs"], outputs], targets, num_boxes)
         if "interm_outputs" in outputs:  # DINO's selected tokens, as one more layer
@@ -52,7 +53,10 @@ class SetCriterion(nn.Module):
             objects = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
             tokens = self.matching_losses([outputs["enc_outputs"]], objects, num_boxes)
             losses |= {f"{name}_enc": tokens[name] for name in TERMS}
-        return losses | compute_dn_loss(outputs.get("dn"), self.focal_alpha)
+        if dn := outputs.get("dn"):
+            sizes = {"dn_groups": dn.num_groups, "dn_queries": dn.num_queries}
+            losses |= {k: torch.full_like(losses["loss_ce"], n) for k, n in sizes.items()}
+        return losses | compute_dn_loss(dn, self.focal_alpha)
 
     def matching_losses(
         self,

@@ -11,7 +11,7 @@ from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 from .attention import MLP
 from .backbone import Backbone
-from .dn_components import dn_post_process, with_indicator
+from .dn_components import Denoising, dn_post_process, with_indicator
 from .position_encoding import SinePositionEncoding
 from .transformer import Transformer
 
@@ -29,6 +29,27 @@ def box_head(dim: int) -> MLP:
     nn.init.zeros_(head.layers[-1].weight)
     nn.init.zeros_(head.layers[-1].bias)
     return head
+
+
+def put_denoising_in_front(
+    model: nn.Module, targets: Sequence[dict] | None, content: Tensor, anchors: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Denoising | None]:
+    """Content, anchors, which query may see which (None: all) and the denoising part, in training
+    with targets of a model that has denoising; without, the queries as they are."""
+    if not model.training or model.prepare_denoising is None or targets is None:
+        return content, anchors, None, None
+    prepared = model.prepare_denoising(targets, model.label_enc, anchors, content)
+    content, anchors, blocked, dn = prepared
+    return content, anchors, None if blocked is None else ~blocked, dn
+
+
+def outputs_of_layers(logits: Tensor, boxes: Tensor, anchors: Tensor, dn: Denoising | None) -> dict:
+    """What a detector returns of the (L, B, P + Q, ...) that its decoder's layers say."""
+    logits, boxes = dn_post_process(logits, boxes, dn)
+    layers = [{"pred_logits": x, "pred_boxes": b} for x, b in zip(logits, boxes, strict=True)]
+    anchors = anchors[:, :, -logits.shape[2] :]
+    outputs = {**layers[-1], "aux_outputs": layers[:-1], "anchors": anchors}
+    return outputs if dn is None else {**outputs, "dn": dn}
 
 
 class DABDETR(nn.Module):
@@ -95,23 +116,16 @@ class DABDETR(nn.Module):
         """Images, normalised, as a batch (B, 3, H, W) with its mask or as a list of (3, H, W).
 
         Returns "pred_logits" (B, Q, C), "pred_boxes" (B, Q, 4) cxcywh in [0, 1] of the image
-        without padding, and "aux_outputs", the same of every layer but the last. With targets, in
-        training, also "dn", the denoising part.
+        without padding, "aux_outputs", the same of every layer but the last, and "anchors"
+        (L, B, Q, 4), the boxes that the L layers refine. With targets, in training, also "dn", the
+        denoising part.
         """
         if not isinstance(images, NestedTensor):
             images = nested_tensor_from_tensor_list(images)
         memory, pos, pixel_allowed = self.encode(images)
-        content, anchors = self.queries(len(images.mask))
-        blocked = dn = None
-        if self.training and self.prepare_denoising is not None and targets is not None:
-            content, anchors, blocked, dn = self.prepare_denoising(
-                targets, self.label_enc, anchors, content
-            )
-        query_allowed = None if blocked is None else ~blocked
-        states, boxes = self.transformer.decoder(
-            content, anchors, memory, pos, query_allowed, pixel_allowed
+        queries = self.queries(len(images.mask))
+        content, anchors, allowed, dn = put_denoising_in_front(self, targets, *queries)
+        states, boxes, anchors = self.transformer.decoder(
+            content, anchors, memory, pos, allowed, pixel_allowed
         )
-        logits, boxes = dn_post_process(self.class_embed(states), boxes, dn)
-        layers = [{"pred_logits": x, "pred_boxes": b} for x, b in zip(logits, boxes, strict=True)]
-        outputs = {**layers[-1], "aux_outputs": layers[:-1]}
-        return outputs if dn is None else {**outputs, "dn": dn}
+        return outputs_of_layers(self.class_embed(states), boxes, anchors, dn)

@@ -15,9 +15,9 @@ from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 from .attention import init_transformer
 from .backbone import Backbone, resize_mask
-from .dab_detr import DABDETR, box_head, class_head
+from .dab_detr import DABDETR, box_head, class_head, outputs_of_layers, put_denoising_in_front
 from .deformable_transformer import DeformableDecoder, DeformableEncoder, Tokens
-from .dn_components import dn_post_process, with_indicator
+from .dn_components import with_indicator
 from .position_encoding import SinePositionEncoding
 from .query_selection import Selection, select_queries
 
@@ -184,26 +184,20 @@ class DeformableDETR(nn.Module):
         """Images, normalised, as a batch (B, 3, H, W) with its mask or as a list of (3, H, W).
 
         Returns "pred_logits" (B, Q, C), "pred_boxes" (B, Q, 4) cxcywh in [0, 1] of the image
-        without padding, and "aux_outputs", the same of every layer but the last; where queries are
-        selected, "interm_outputs", the same of the selected tokens (DINO), or "enc_outputs", of all
-        tokens. With targets, in training, also "dn", the denoising part.
+        without padding, "aux_outputs", the same of every layer but the last, and "anchors"
+        (L, B, Q, 4), the boxes that the L layers refine; where queries are selected,
+        "interm_outputs", the same of the selected tokens (DINO), or "enc_outputs", of all tokens.
+        With targets, in training, also "dn", the denoising part.
         """
         if not isinstance(images, NestedTensor):
             images = nested_tensor_from_tensor_list(images)
         memory, tokens = encode(self, images)
         selected = None if self.selection == "static" else self.select(memory, tokens)
-        content, anchors = self.queries(len(memory), selected)
-        blocked = dn = None
-        if self.training and self.prepare_denoising is not None and targets is not None:
-            content, anchors, blocked, dn = self.prepare_denoising(
-                targets, self.label_enc, anchors, content
-            )
-        allowed = None if blocked is None else ~blocked
-        states, boxes = self.transformer.decoder(content, anchors, memory, tokens, allowed)
+        queries = self.queries(len(memory), selected)
+        content, anchors, allowed, dn = put_denoising_in_front(self, targets, *queries)
+        states, boxes, anchors = self.transformer.decoder(content, anchors, memory, tokens, allowed)
         logits = torch.stack([f(x) for f, x in zip(self.class_embed, states, strict=False)])
-        logits, boxes = dn_post_process(logits, boxes, dn)
-        layers = [{"pred_logits": x, "pred_boxes": b} for x, b in zip(logits, boxes, strict=True)]
-        outputs = {**layers[-1], "aux_outputs": layers[:-1]}
+        outputs = outputs_of_layers(logits, boxes, anchors, dn)
         if selected is not None and self.is_dino:
             outputs["interm_outputs"] = {
                 "pred_logits": selected.of_selected(selected.logits),
@@ -214,4 +208,4 @@ class DeformableDETR(nn.Module):
                 "pred_logits": selected.logits,
                 "pred_boxes": selected.boxes.sigmoid(),
             }
-        return outputs if dn is None else {**outputs, "dn": dn}
+        return outputs

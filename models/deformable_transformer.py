@@ -198,13 +198,14 @@ class DeformableDecoder(nn.Module):
         memory: Tensor,
         tokens: Tokens,
         attn_allowed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """content (B, Q, D) and anchors (B, Q, 4) before the sigmoid -> states (N, B, Q, D) of the
-        N layers and the boxes (N, B, Q, 4) that they predict, cxcywh in [0, 1]."""
+        N layers, the boxes (N, B, Q, 4) that they predict and the anchors (N, B, Q, 4) that they
+        refine, detached, both cxcywh in [0, 1]."""
         ratios = tokens.valid_ratios.repeat(1, 1, 2)[:, None]  # (B, 1, L, 4)
         x = content
         anchors = previous = anchors.sigmoid()
-        states, boxes = [], []
+        states, boxes, refined = [], [], []
         for i, (layer, head) in enumerate(zip(self.layers, self.bbox_embed, strict=False)):
             scaled = anchors[:, :, None] * ratios
             query_pos = self.ref_point_head(anchor_embedding(scaled[:, :, 0], x.shape[-1] // 2))
@@ -217,7 +218,8 @@ class DeformableDecoder(nn.Module):
                 states[-1] = self.norm(x)
             seen = refinement if self.norm is None else head(states[-1])
             boxes.append((seen + inverse_sigmoid(previous)).sigmoid())
-            refined = (refinement + inverse_sigmoid(anchors)).sigmoid()
-            anchors = refined.detach()
-            previous = refined if self.look_forward_twice else anchors
-        return torch.stack(states), torch.stack(boxes)
+            refined.append(anchors.detach())
+            following = (refinement + inverse_sigmoid(anchors)).sigmoid()
+            anchors = following.detach()
+            previous = following if self.look_forward_twice else anchors
+        return torch.stack(states), torch.stack(boxes), torch.stack(refined)

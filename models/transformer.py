@@ -182,11 +182,12 @@ class Decoder(nn.Module):
         pos: Tensor,
         attn_allowed: Tensor | None,
         memory_allowed: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """content (B, Q, D) and anchors (B, Q, 4) before the sigmoid -> states (L, B, Q, D) and the
-        boxes (L, B, Q, 4) that the layers predict, cxcywh in [0, 1]."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """content (B, Q, D) and anchors (B, Q, 4) before the sigmoid -> states (L, B, Q, D), the
+        boxes (L, B, Q, 4) that the layers predict and the anchors (L, B, Q, 4) that they refine,
+        detached, both cxcywh in [0, 1]."""
         x, anchors = content, anchors.sigmoid()
-        states, boxes = [], []
+        states, boxes, seen = [], [], []
         for i, layer in enumerate(self.layers):
             # Attention sees refined anchors detached; the box that the loss sees does not, so as
             # released it also reaches the previous layer's refinement.
@@ -194,10 +195,11 @@ class Decoder(nn.Module):
             query_pos, query_sine = self.queries(x, fixed, is_first=i == 0)
             x = layer(x, query_pos, query_sine, memory, pos, attn_allowed, memory_allowed)
             states.append(self.norm(x))
+            seen.append(anchors.detach())
             boxes.append((self.bbox_embed(states[-1]) + inverse_sigmoid(anchors)).sigmoid())
             if i + 1 < len(self.layers):
                 anchors = (self.bbox_embed(x) + inverse_sigmoid(fixed)).sigmoid()
-        return torch.stack(states), torch.stack(boxes)
+        return torch.stack(states), torch.stack(boxes), torch.stack(seen)
 
 
 class Transformer(nn.Module):

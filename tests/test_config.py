@@ -22,7 +22,7 @@ def parse(line: str):
 def test_every_config_file_loads(path: Path):
     cfg = load_config(path)
     assert json.loads(json.dumps(dataclasses.asdict(cfg))) == dataclasses.asdict(cfg)
-    assert cfg.modelname in path.stem
+    assert cfg.modelname in path.stem or path.stem == "base"
 
 
 def test_config_overrides_base_and_default():
@@ -117,6 +117,14 @@ def test_unknown_key_in_a_file_is_named(tmp_path: Path):
     path.write_text("_base_ = 'absent.py'\n")
     with pytest.raises(UserError, match=r"absent\.py: no such config file"):
         load_config(path)
+
+
+def test_of_several_bases_the_later_is_over_the_earlier(tmp_path: Path):
+    (tmp_path / "a.py").write_text("lr = 1e-3\nepochs = 7\n")
+    (tmp_path / "b.py").write_text("epochs = 8\nbatch_size = 3\n")
+    (tmp_path / "c.py").write_text("_base_ = ['a.py', 'b.py']\nbatch_size = 4\n")
+    cfg = load_config(tmp_path / "c.py")
+    assert (cfg.lr, cfg.epochs, cfg.batch_size) == (1e-3, 8, 4)
 
 
 def test_help_explains_every_option():

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.ops import generalized_box_iou as torchvision_giou
 
 from models.criterion import SetCriterion
-from models.matcher import HungarianMatcher
+from models.matcher import HungarianMatcher, MatchingLog
 from util.box_ops import (
     box_cxcywh_to_xyxy,
     box_losses,
@@ -152,3 +152,49 @@ def test_perfect_predictions_cost_nothing():
         boxes[0, 0, j + 1] = targets[0]["boxes"][j]
     losses = SetCriterion(MATCHER, {}, 0.25)(make_outputs(logits, boxes), targets)
     assert all(v < 1e-5 for v in losses.values())
+
+
+def test_matching_log_counts_changed_queries_and_measures_anchors():
+    """Two decoder layers, three queries, by hand; the second image has no object."""
+    box = lambda *centre: [*centre, 0.2, 0.2]
+    targets = [
+        {"labels": torch.tensor([0, 1]), "boxes": torch.tensor([box(0.2, 0.2), box(0.8, 0.8)])},
+        {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)},
+    ]
+    for image_id, target in zip((7, 9), targets, strict=True):
+        target["image_id"] = torch.tensor(image_id)
+    near = torch.tensor([box(0.2, 0.2), box(0.8, 0.8), box(0.5, 0.5)])
+    turned = near[[1, 0, 2]]  # the first two queries have changed places
+    layers = lambda *boxes: [
+        {"pred_logits": torch.zeros(2, 3, 2), "pred_boxes": b.expand(2, -1, -1)} for b in boxes
+    ]
+
+    def outputs(first: torch.Tensor, last: torch.Tensor) -> dict:
+        early, late = layers(first, last)
+        anchors = torch.stack([first + 0.01, first]).unsqueeze(1).expand(-1, 2, -1, -1)
+        return {**late, "aux_outputs": [early], "anchors": anchors}
+
+    before = MatchingLog(MATCHER)
+    before.update(outputs(near, near), targets)
+    assert before.matches[7].tolist() == [[0, 1, -1], [0, 1, -1]]
+    assert before.matches[9].tolist() == [[-1, -1, -1], [-1, -1, -1]]
+    summary = before.summary()
+    assert summary == pytest.approx({"anchor_distance_0": 0.04, "anchor_distance": 0.0}, abs=1e-6)
+
+    after = MatchingLog(MATCHER, before.matches)
+    after.update(outputs(near, turned), targets)
+    summary = after.summary()
+    assert summary["matching_instability_0"] == 0  # of two images
+    assert summary["matching_instability"] == (2 + 0) / 2
+    assert summary["anchor_distance"] == pytest.approx(1.2)  # |dx| + |dy| from the other's place
+
+
+def test_matching_log_with_more_objects_than_queries():
+    outputs = {"pred_logits": torch.zeros(1, 1, 2), "pred_boxes": torch.full((1, 1, 4), 0.5)}
+    outputs |= {"aux_outputs": [], "anchors": torch.full((1, 1, 1, 4), 0.5)}
+    boxes = torch.tensor([[0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.5, 0.5]])
+    target = {"labels": torch.tensor([0, 1]), "boxes": boxes, "image_id": torch.tensor(1)}
+    log = MatchingLog(MATCHER)
+    log.update(outputs, [target])
+    assert log.matches[1].tolist() == [[1]]
+    assert log.summary() == {"anchor_distance": 0.0}

@@ -71,7 +71,7 @@ def test_gradients_do_not_cross_groups():
     )
     content = content.detach().requires_grad_()
     memory = torch.randn(1, 9, D)
-    states, _ = decoder(content, anchors, memory, memory, ~blocked, torch.ones(1, 1, 1, 9).bool())
+    states, *_ = decoder(content, anchors, memory, memory, ~blocked, torch.ones(1, 1, 1, 9).bool())
     part = [slice(i * size, (i + 1) * size) for i in range(groups)]
     part.append(slice(groups * size, None))  # the matching part
     for i, rows in enumerate(part):

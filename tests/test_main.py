@@ -70,6 +70,33 @@ def test_a_run_leaves_what_it_should(trained: Path):
     assert names == {"circle": 3, "square": 7, "triangle": 12, "star": 25, "ring": 44, "cross": 81}
 
 
+def test_matching_is_logged_and_goes_on_after_a_stop(toy: Path, tmp_path: Path):
+    from tests.conftest import SMALL
+
+    args = [*SMALL, "--use_dn", "--onecyclelr", "FALSE", "--coco_path", str(toy), "--output_dir"]
+    whole, half = str(tmp_path / "whole"), str(tmp_path / "half")
+    assert main([*args, whole, "--log_matching", "--epochs", "2"]) == 0
+    assert main([*args, half, "--match_unstable_error"]) == 0
+    assert main([*args, half, "--log_matching", "--epochs", "2", "--resume", "auto"]) == 0
+    whole, half = (read_log(Path(out)) for out in (whole, half))
+    names = [
+        f"test_{k}{i}" for k in ("anchor_distance", "matching_instability") for i in ("_0", "")
+    ]
+    assert all(line[name] > 0 for line in whole for name in names[:2])
+    assert not any(name in whole[0] for name in names[2:])  # nothing to compare with
+    assert all(0 <= whole[1][name] <= 10 for name in names[2:])
+    assert [{n: line.get(n) for n in names} for line in whole] == [
+        {n: line.get(n) for n in names} for line in half
+    ]
+    assert whole[0]["train_dn_groups"] == 5 and whole[0]["train_dn_queries"] >= 5
+
+
+def test_one_cycle_cannot_be_prolonged(small: list[str], capsys: pytest.CaptureFixture):
+    assert main([*small, "--onecyclelr"]) == 0
+    assert main([*small, "--onecyclelr", "--resume", "auto", "--epochs", "2"]) == 2
+    assert "go on with its own onecyclelr, epochs and batch_size" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_resumed_run_equals_unbroken_one(small: list[str], trained: Path, epoch: int):
     """Bit for bit, from any epoch."""

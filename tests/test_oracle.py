@@ -1,16 +1,21 @@
 """An implementation of others, with the same weights, gives the same boxes and scores.
 
-transformers' DAB-DETR was ported from the authors' code by other people and verified by them on the
-released checkpoints.
+transformers' DAB-DETR and Deformable DETR were ported from the authors' code by other people and
+verified by them on the released checkpoints. Tolerances are what float32 leaves of two orders of
+summation.
 """
 
 import re
 
 import pytest
 import torch
+from torch import nn
 
 from models import build_model
+from models.deformable_detr import encode
+from models.query_selection import Selection
 from util.config import load_config
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,12 +47,27 @@ NAMES = [
     (r"(encoder\.layers\.\d+)\.linear2", r"\1.fc2"),
     (r"(encoder\.layers\.\d+)\.activation\.", r"\1.activation_fn."),
 ]
+DEFORMABLE_NAMES = [
+    (r"^input_proj\.", "model.input_proj."),
+    (r"^backbone\.0\.body\.", "model.backbone.model."),
+    (r"^transformer\.", "model."),
+    (r"(encoder\.layers\.\d+)\.norm1", r"\1.self_attn_layer_norm"),
+    (r"(encoder\.layers\.\d+)\.norm2", r"\1.final_layer_norm"),
+    (r"(decoder\.layers\.\d+)\.norm1", r"\1.encoder_attn_layer_norm"),
+    (r"(decoder\.layers\.\d+)\.norm2", r"\1.self_attn_layer_norm"),
+    (r"(decoder\.layers\.\d+)\.norm3", r"\1.final_layer_norm"),
+    (r"\.linear([12])\.", r".mlp.fc\1."),
+    (r"\.cross_attn\.", ".encoder_attn."),
+    (r"\.self_attn\.out_proj\.", ".self_attn.o_proj."),
+]
 
 
-def their_state_dict(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def their_state_dict(
+    ours: dict[str, torch.Tensor], names: list[tuple[str, str]]
+) -> dict[str, torch.Tensor]:
     theirs = {}
     for name, value in ours.items():
-        for pattern, replacement in NAMES:
+        for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
         if "self_attn.in_proj_" in name:
             kind = name.rsplit("_", 1)[1]
@@ -56,6 +76,24 @@ def their_state_dict(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else:
             theirs[name] = value
     return theirs
+
+
+def randomise(model: nn.Module) -> None:
+    """Moves every weight away from initial values that would hide a difference, zeros above all."""
+    zeros = ("bbox_embed", "sampling_offsets", "attention_weights")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("running_var"):
+            tensor.data.uniform_(0.5, 1.5)
+        elif tensor.ndim == 1 or any(part in name for part in zeros):
+            tensor.data.add_(0.1 * torch.randn_like(tensor))
+
+
+def padded_images(*sizes: tuple[int, int]) -> NestedTensor:
+    return nested_tensor_from_tensor_list([torch.randn(3, *size) for size in sizes])
+
+
+def close(mine: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_patterns", [0, 2])
@@ -76,11 +114,7 @@ def test_dab_detr_equals_transformers(num_patterns: int):
         },
     )
     model, _, _ = build_model(cfg)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("running_var"):
-            tensor.data.uniform_(0.5, 1.5)
-        elif tensor.ndim == 1 or "bbox_embed" in name:
-            tensor.data.add_(0.1 * torch.randn_like(tensor))
+    randomise(model)
     their_config = transformers.DabDetrConfig(
         backbone="resnet18",
         hidden_size=64,
@@ -97,20 +131,109 @@ def test_dab_detr_equals_transformers(num_patterns: int):
         auxiliary_loss=True,
     )
     theirs = transformers.DabDetrForObjectDetection(their_config)
-    report = theirs.load_state_dict(their_state_dict(model.state_dict()), strict=False)
+    report = theirs.load_state_dict(their_state_dict(model.state_dict(), NAMES), strict=False)
     assert not report.unexpected_keys
     assert all("num_batches_tracked" in k for k in report.missing_keys)
 
-    images = [torch.randn(3, 96, 128), torch.randn(3, 128, 96)]
-    pixels = torch.zeros(2, 3, 128, 128)
-    valid = torch.zeros(2, 128, 128, dtype=torch.long)
-    for i, image in enumerate(images):
-        pixels[i, :, : image.shape[1], : image.shape[2]] = image
-        valid[i, : image.shape[1], : image.shape[2]] = 1
+    images = padded_images((96, 128), (128, 96))
     model.eval(), theirs.eval()
     with torch.no_grad():
         mine = model(images)
-        other = theirs(pixel_values=pixels, pixel_mask=valid)
-    torch.testing.assert_close(mine["pred_logits"], other.logits, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(mine["pred_boxes"], other.pred_boxes, atol=2e-5, rtol=1e-4)
+        other = theirs(pixel_values=images.tensors, pixel_mask=(~images.mask).long())
+    close(mine["pred_logits"], other.logits)
+    close(mine["pred_boxes"], other.pred_boxes)
     assert mine["pred_boxes"].std() > 0.05, "boxes that are all alike would prove little"
+
+
+def test_deformable_encoder_selection_and_decoder_equal_transformers():
+    """Two-stage Deformable DETR with refined boxes, of four levels, one of them not the backbone's.
+
+    The two differ in the queries alone. Theirs come from the selected anchors through `pos_trans`:
+    the content, and a positional query that all layers share. So here our decoder has theirs.
+    Without two stages there is nothing to compare: theirs begin with points, ours with boxes.
+    """
+    torch.manual_seed(0)
+    cfg = load_config(
+        "configs/dab_deformable_detr_r50.py",
+        {
+            "backbone": "resnet18",
+            "hidden_dim": 64,
+            "nheads": 4,
+            "enc_layers": 2,
+            "dec_layers": 3,
+            "enc_n_points": 3,
+            "dec_n_points": 2,
+            "dim_feedforward": 96,
+            "query_selection": "pure",
+            "num_queries": 20,
+            "num_classes": 7,
+        },
+    )
+    model, _, _ = build_model(cfg)
+    randomise(model)
+    transformer, decoder = model.transformer, model.transformer.decoder
+    decoder.query_scale = None  # as `scales_queries=False` makes it
+    del decoder.ref_point_head
+    # Tokens without a proposal, whose features are all alike, score least: an infinite anchor among
+    # the selected would meet the two models' different clamps, see below.
+    featureless = transformer.enc_output_norm(transformer.enc_output.bias)
+    model.class_embed[-1].weight.data[0] = -0.1 * featureless
+    their_config = transformers.DeformableDetrConfig(
+        backbone="resnet18",
+        d_model=64,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_n_points=3,
+        decoder_n_points=2,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        two_stage=True,
+        with_box_refine=True,
+        two_stage_num_proposals=20,
+        num_labels=7,
+        dropout=0.0,
+    )
+    theirs = transformers.DeformableDetrForObjectDetection(their_config)
+    weights = their_state_dict(model.state_dict(), DEFORMABLE_NAMES)
+    report = theirs.load_state_dict(weights, strict=False)
+    assert not report.unexpected_keys
+    assert all("pos_trans" in key for key in report.missing_keys)
+    base = theirs.model
+    randomise(base.pos_trans_norm)
+
+    def their_queries(batch_size: int, selected: Selection) -> tuple[torch.Tensor, torch.Tensor]:
+        embedded = base.get_proposal_pos_embed(selected.anchors)
+        query_pos, content = base.pos_trans_norm(base.pos_trans(embedded)).chunk(2, dim=-1)
+        decoder.ref_point_head = lambda _: query_pos
+        return content, selected.anchors
+
+    model.queries = their_queries
+    # No multiples of the strides: every level has another part of padding. Wide enough for
+    # proposals nearer to the edge than 0.01, which count for nothing.
+    images = padded_images((70, 420), (120, 260))
+    model.eval(), theirs.eval()
+    with torch.no_grad():
+        memory, tokens = encode(model, images)
+        selected = model.select(memory, tokens)
+        queries = model.queries(len(memory), selected)
+        states, boxes = decoder(*queries, memory, tokens, None)[:2]
+        mine = model(images)
+        other = theirs(pixel_values=images.tensors, pixel_mask=(~images.mask).long())
+    close(memory, other.encoder_last_hidden_state)  # tokens of padding, too
+    close(selected.logits, other.enc_outputs_class)
+    close(selected.boxes, other.enc_outputs_coord_logits)  # infinite at the same tokens
+    index = other.enc_outputs_class[..., 0].topk(20, dim=1).indices
+    torch.testing.assert_close(selected.index, index)
+    anchors = selected.anchors.sigmoid()
+    close(anchors, other.init_reference_points)
+    # Nearer to 0 and 1 our inverse sigmoid clamps, at 1e-3, and theirs, at 1e-5, does not yet: the
+    # box heads are small, so that no box gets there.
+    refined = torch.cat([anchors[None], boxes[:-1]])
+    assert refined.min() > 1e-3 and refined.max() < 1 - 1e-3
+    close(states, other.intermediate_hidden_states.transpose(0, 1))
+    close(boxes, other.intermediate_reference_points.transpose(0, 1))
+    close(mine["pred_logits"], other.logits)
+    close(mine["pred_boxes"], other.pred_boxes)
+    assert anchors.std() > 0.05 and (boxes - anchors).std() > 0.01, "little would be proven"

@@ -53,6 +53,7 @@ ALIASES = {
     "label_noise_scale": "dn_label_noise_ratio",
     "box_noise_scale": "dn_box_noise_scale",
     "use_lft": "look_forward_twice",
+    "match_unstable_error": "log_matching",
 }
 
 # Another name that published commands have for a model.
@@ -264,6 +265,12 @@ class RunOptions:
     test: bool = option(False, "write detections on test2017 for the evaluation server and stop")
     eval_per_class: bool = option(False, "print AP by class as well")
     save_results: bool = option(False, "write the detections of every evaluation to results.json")
+    log_matching: bool = option(
+        False,
+        "log, for every decoder layer, how many queries of a validation image are matched to "
+        "another object than an epoch before, and how far anchors are from their objects; "
+        "released as --match_unstable_error",
+    )
     debug: bool = option(False, "a few steps an epoch, to see whether everything works")
 
 
@@ -405,7 +412,8 @@ def known_name(name: str, where: str) -> str | None:
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The assignments of a config file, over those of the file that its `_base_` names."""
+    """The assignments of a config file, over those of the file or files that its `_base_` names,
+    the later of which are over the earlier."""
     path = Path(path)
     if not path.exists() and not path.is_absolute() and (CONFIG_DIR.parent / path).exists():
         path = CONFIG_DIR.parent / path
@@ -417,8 +425,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     except Exception as e:
         raise UserError(f"{path}: not a config file: {type(e).__name__}: {e}") from e
     values = {}
-    if "_base_" in assigned:
-        values = read_config_file(path.parent / assigned["_base_"])
+    bases = assigned.get("_base_", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        values |= read_config_file(path.parent / base)
     for name, value in assigned.items():
         if not name.startswith("_") and (known := known_name(name, str(path))):
             values[known] = parse_value(known, value)

@@ -1,0 +1,7 @@
+"""A small DINO as it is in DN-DETR's code, for the toy data set."""
+
+_base_ = ["../dn_dab_dino_deformable_detr_r50.py", "base.py"]
+
+num_feature_levels = 3
+enc_layers = 2
+epochs = 8

@@ -1,0 +1,149 @@
+"""tools/export_checkpoint.py: our checkpoint as a released one, and back."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from datasets.coco import ClassMap
+from datasets.toy import CATEGORIES
+from main import Run
+from main import main as evaluate
+from tools.export_checkpoint import main
+from util.checkpoint import load_weights, read_checkpoint
+from util.config import MODELS, SELECTION_SWITCHES, load_config, parse_command_line
+
+ROOT = Path(__file__).parent.parent
+# How the authors say that their files are evaluated.
+PUBLISHED = {
+    "dn_dab_detr": "-m dn_dab_detr --use_dn --eval",
+    "dino": "-c configs/dino_4scale_r50.py --eval --options dn_scalar=100 embed_init_tgt=TRUE "
+    "dn_box_noise_scale=1.0",
+}
+SWITCHES = {  # two_stage, two_stage_type, use_mqs, embed_init_tgt
+    "static": (False, "no", False, False),
+    "pure": (True, "standard", False, False),
+    "mixed": (True, "standard", True, True),
+}
+
+
+def make_run(small: list[str], model: str, *options: str, seed: int = 0) -> Run:
+    """A run of main.py after epoch 3, with random weights, and others in its average."""
+    torch.manual_seed(seed)
+    cfg = parse_command_line(["-m", model, *sizes(small), "--num_classes", "6", *options])
+    class_map = ClassMap.from_categories([{"id": i, "name": n} for i, n in CATEGORIES.items()])
+    run = Run(cfg, torch.device("cpu"), class_map)
+    run.epoch = 3
+    for module in (run.model, run.ema.module) if run.ema else (run.model,):
+        for weight in module.parameters():
+            weight.data += 0.05 * torch.randn_like(weight)
+    return run
+
+
+def sizes(small: list[str]) -> list[str]:
+    """What of the small model's command line suits every model."""
+    return [*small[small.index("--backbone") :], "--pretrained_backbone", "false"]
+
+
+def same(state: dict, other: dict) -> bool:
+    return state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> tuple[str, str]:
+    """A checkpoint and what is made of it."""
+    return str(tmp_path / "checkpoint.pth"), str(tmp_path / "released.pth")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_there_and_back(model: str, small: list[str], paths: tuple[str, str]):
+    """The same outputs and, by the published command lines, the same figures and detections."""
+    run, again = (make_run(small, model, seed=seed) for seed in (0, 1))
+    run.save(Path(paths[0]))
+    assert main(["--resume", paths[0], "--output", paths[1]]) == 0
+    released = read_checkpoint(paths[1])
+    assert set(released) == {"model", "epoch", "args", "class_map"}
+    assert released["epoch"] == 3
+    assert released["class_map"] == run.class_map.state_dict()
+    assert type(released["args"]) is Namespace
+    images = [torch.randn(3, 64, 48), torch.randn(3, 48, 64)]
+    with torch.no_grad():
+        wanted, other = run.model.eval()(images), again.model.eval()(images)
+        load_weights(again.model, released)
+        found = again.model(images)
+    for key in ("pred_logits", "pred_boxes"):
+        assert torch.equal(found[key], wanted[key])
+        assert not torch.allclose(found[key], other[key], atol=1e-3)
+    evaluations = []
+    for path in paths if model in PUBLISHED else ():
+        command = ["--resume", path, "--save_results", *sizes(small), *PUBLISHED[model].split()]
+        assert evaluate(command) == 0
+        out = Path(small[-1])
+        stats = json.loads((out / "eval.json").read_text())
+        detections = json.loads((out / "results.json").read_text())
+        assert len(stats["test_coco_eval_bbox"]) == 12
+        assert len(detections) == 8 * 10 * 6  # images * queries * classes
+        evaluations.append((stats["test_coco_eval_bbox"], detections))
+    assert evaluations[1:] == evaluations[:1]
+
+
+@pytest.mark.parametrize(("selection", "switches"), SWITCHES.items())
+def test_args_in_released_spelling(selection, switches, small: list[str], paths: tuple[str, str]):
+    noise = ["--dn_number", "7", "--dn_label_noise_ratio", "0.25", "--dn_box_noise_scale", "0.75"]
+    run = make_run(small, "dino", "--query_selection", selection, *noise)
+    run.save(Path(paths[0]))
+    assert main(["--resume", paths[0], "--output", paths[1]]) == 0
+    args = vars(read_checkpoint(paths[1])["args"])
+    spelt = {"scalar": 7, "dn_scalar": 7, "label_noise_scale": 0.25, "box_noise_scale": 0.75}
+    spelt |= {"use_lft": True, "modelname": "dino", "hidden_dim": 32, "dn_labelbook_size": 6}
+    spelt |= dict(zip(SELECTION_SWITCHES, switches, strict=True))
+    assert {name: args[name] for name in spelt} == spelt
+    # The released spellings alone say what today's do.
+    today = ("dn_number", "dn_label_noise_ratio", "dn_box_noise_scale", "look_forward_twice")
+    rest = {k: v for k, v in args.items() if k not in (*today, "query_selection")}
+    run.cfg.dn_labelbook_size = 6
+    assert load_config(overrides=rest) == load_config(overrides=args) == run.cfg
+
+
+def test_as_a_script_from_anywhere(small: list[str], paths: tuple[str, str], tmp_path: Path):
+    make_run(small, "dn_dab_detr", "--use_ema").save(Path(paths[0]))
+    ours = read_checkpoint(paths[0])
+    for cwd, entry, ema in ((ROOT, "model", []), (tmp_path, "ema_model", ["--ema"])):
+        names = (ROOT / "tools" / "export_checkpoint.py", *paths)
+        script, resume, output = (os.path.relpath(name, cwd) for name in names)
+        command = [sys.executable, script, "--resume", resume, "--output", output, *ema]
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "no backbone timm/resnet10t" in done.stdout
+        assert "3 -> 0, 7 -> 1, 12 -> 2" in done.stdout
+        assert same(read_checkpoint(paths[1])["model"], ours[entry])
+    assert not same(ours["model"], ours["ema_model"])
+
+
+def test_mistakes(small: list[str], paths: tuple[str, str], tmp_path: Path, capsys):
+    """One line, exit status 2, and the checkpoint stays as it is."""
+    make_run(small, "dn_dab_detr").save(Path(paths[0]))
+    assert main(["--resume", paths[0], "--output", paths[1]]) == 0
+    before, new, link = Path(paths[0]).read_bytes(), tmp_path / "new.pth", tmp_path / "link.pth"
+    link.symlink_to(paths[0])
+    for resume, output, message, *flags in (
+        (paths[0], paths[0], "--output: .* is the checkpoint itself"),
+        (link, paths[0], "--output: .* is the checkpoint itself"),
+        (paths[0], tmp_path, "--output: .* is a directory"),
+        (paths[0], tmp_path / "absent" / "new.pth", "absent/new.pth: checkpoint not saved"),
+        (paths[1], new, "released.pth: holds no config, so it is a released checkpoint already"),
+        (tmp_path / "absent.pth", new, "absent.pth: No such file"),
+        (paths[0], new, "checkpoint.pth: holds no averaged weights .* leave out --ema", "--ema"),
+    ):
+        capsys.readouterr()
+        assert main(["--resume", str(resume), "--output", str(output), *flags]) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(f"export_checkpoint.py: error: .*{message}.*\n", error)
+        assert not new.exists()
+    assert Path(paths[0]).read_bytes() == before

@@ -1,0 +1,58 @@
+"""Trains every toy model, one after another, and prints what they reach as a Markdown table:
+
+    python tools/zoo.py --coco_path outputs/toy_coco --output_dir outputs/zoo
+
+`make zoo` draws the data set first. A run that is finished already is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAD = ("model", "config", "M parameters", "AP", "AP50", "minutes", "images/s")
+
+
+def minutes(epoch_time: str) -> float:
+    """Of log.txt's h:mm:ss."""
+    hours, minutes, seconds = map(int, epoch_time.split(":"))
+    return timedelta(hours=hours, minutes=minutes, seconds=seconds) / timedelta(minutes=1)
+
+
+def row(name: str, lines: list[dict]) -> list[str]:
+    """A line of the table, from the lines of a run's log.txt."""
+    last = lines[-1]
+    speed = sum(line["train_images_per_second"] for line in lines) / len(lines)
+    return [
+        *(f"`{name}`", f"`configs/toy/{name}.py`", f"{last['n_parameters'] / 1e6:.1f}"),
+        *(f"{figure:.3f}" for figure in last["test_coco_eval_bbox"][:2]),
+        *(f"{sum(minutes(line['epoch_time']) for line in lines):.1f}", f"{speed:.0f}"),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("zoo.py", description="Train every toy model, print a table.")
+    parser.add_argument("--coco_path", required=True, metavar="DIR", help="the toy data set")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="a run each goes here")
+    args = parser.parse_args()
+    names = sorted(p.stem for p in (ROOT / "configs/toy").glob("*.py") if p.stem != "base")
+    rows = [list(HEAD), ["---"] * len(HEAD)]
+    for name in names:
+        out = Path(args.output_dir).resolve() / name
+        config = ["-c", str(ROOT / f"configs/toy/{name}.py"), "--resume", "auto"]
+        paths = ["--coco_path", str(Path(args.coco_path).resolve()), "--output_dir", str(out)]
+        subprocess.run([sys.executable, str(ROOT / "main.py"), *config, *paths], check=True)
+        rows.append(row(name, [json.loads(line) for line in (out / "log.txt").open()]))
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    (Path(args.output_dir) / "table.md").write_text(table)
+    print(table, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
