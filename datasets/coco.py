@@ -60,10 +60,8 @@ class ClassMap:
         if is_coco or (num_classes == COCO_NUM_CLASSES and all(0 <= i < num_classes for i in ids)):
             return cls.identity(categories, num_classes or COCO_NUM_CLASSES)
         if num_classes is not None and num_classes < len(ids):
-            raise UserError(
-                f"num_classes is {num_classes}, but there are {len(ids)} categories:"
-                f" set num_classes to {len(ids)} or more, or leave it out"
-            )
+            problem = f"num_classes is {num_classes}, but there are {len(ids)} categories"
+            raise UserError(f"{problem}: set num_classes to {len(ids)} or more, or leave it out")
         ordered = enumerate(sorted(categories, key=lambda c: c["id"]))
         return cls._from_pairs(num_classes or len(ids), ordered)
 
@@ -158,7 +156,7 @@ class CocoDetection(torch.utils.data.Dataset):
 
         data = self._load_json()
         images = self._section(data, "images")
-        self.image_ids = self._field(images, "image", "id", _is_int, "an integer", unique=True)
+        self.image_ids = self._field(images, "image", "id", _is_int, "an integer")
         self.file_names = self._field(images, "image", "file_name", _is_name, "a path")
         sides = [self._field(images, "image", k, _is_number, "pixels") for k in ("height", "width")]
         # (images, 2); infinite where the file does not say, as boxes are clipped to these sizes.
@@ -167,7 +165,7 @@ class CocoDetection(torch.utils.data.Dataset):
         self._check_files()
 
         self.categories = self._section(data, "categories", required=annotated or not class_map)
-        self._field(self.categories, "category", "id", _is_int, "an integer", unique=True)
+        self._field(self.categories, "category", "id", _is_int, "an integer")
         if not isinstance(class_map, ClassMap):
             number = class_map or partial(ClassMap.from_categories, num_classes=num_classes)
             try:
@@ -200,25 +198,18 @@ class CocoDetection(torch.utils.data.Dataset):
             self._fail(f"'{key}' is missing or empty", "COCO's instances format is expected")
         return items
 
-    def _field(
-        self,
-        items: list[dict],
-        kind: str,
-        key: str,
-        valid: Callable,
-        what: str,
-        unique: bool = False,
-    ) -> list:
-        """`key` of every item; UserError that names the first item whose value is not valid."""
+    def _field(self, items: list[dict], kind: str, key: str, valid: Callable, what: str) -> list:
+        """`key` of every item; UserError that names the first whose value is not valid, or the id
+        that occurs twice."""
         values = [item.get(key) for item in items]
         for position, value in enumerate(values):
             if not valid(value):
                 name = f"{kind} {items[position].get('id', f'number {position + 1}')}"
                 found = repr(value) if key in items[position] else "missing"
                 self._fail(f"'{key}' of {name} is {found}", f"it must be {what}")
-        if unique and len(set(values)) < len(values):
+        if key == "id" and len(set(values)) < len(values):
             twice = Counter(values).most_common(1)[0][0]
-            self._fail(f"{kind} {key} {twice} occurs more than once", "make the ids unique")
+            self._fail(f"{kind} id {twice} occurs more than once", "make the ids unique")
         return values
 
     def _check_files(self) -> None:
@@ -231,10 +222,9 @@ class CocoDetection(torch.utils.data.Dataset):
             raise UserError(f"{problem}: check the path to the images") from None
         missing = [os.path.join(*path) for path in paths if path[1] not in listings[path[0]]]
         if missing:
-            raise UserError(
-                f"{self.image_dir / missing[0]}: no such file; {len(missing)} of the {len(paths)}"
-                f" images of {self.annotation_file} are missing: check the path to the images"
-            )
+            images = f"{len(missing)} of the {len(paths)} images of {self.annotation_file}"
+            problem = f"{self.image_dir / missing[0]}: no such file; {images} are missing"
+            raise UserError(f"{problem}: check the path to the images")
 
     def _warn_of_other_names(self) -> None:
         """The same ids under other names: most likely two exports that numbered differently."""
@@ -248,10 +238,7 @@ class CocoDetection(torch.utils.data.Dataset):
 
     def _index(self, items: list[dict]) -> None:
         """Annotations become arrays, as dicts would in time be copied into every worker."""
-
-        def column(key: str, valid: Callable, what: str) -> list:
-            return self._field(items, "annotation", key, valid, what)
-
+        column = partial(self._field, items, "annotation")
         index_of = {id_: position for position, id_ in enumerate(self.image_ids)}
         known = "the id of an image in this file"
         image = column("image_id", lambda v: _is_int(v) and v in index_of, known)
@@ -314,10 +301,9 @@ class CocoDetection(torch.utils.data.Dataset):
         size, said = tuple(image.shape[-2:]), tuple(self._sizes[position].tolist())
         if size != said and np.inf not in said and not self._warned_of_size:
             self._warned_of_size = True  # in every worker once
-            name, message = self.file_names[position], "%s: (height, width) of %s is %s, not %s"
-            logger.warning(
-                f"{message}: are boxes in its pixels?", self.annotation_file, name, size, said
-            )
+            message = "%s: (height, width) of %s is %s, not %s: are boxes in its pixels?"
+            name = self.file_names[position]
+            logger.warning(message, self.annotation_file, name, size, said)
         objects = slice(*self._first[position : position + 2])
         boxes, inside = _clip(self._boxes[objects], np.array([size], dtype=np.float32))
         target = {
@@ -356,20 +342,10 @@ def _without_outline(item: dict) -> dict:
     return item
 
 
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_int(value: Any) -> bool:
-    return type(value) is int and abs(value) < 2**63
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, int | float)
-
-
-def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+_is_name = lambda value: isinstance(value, str) and value != ""
+_is_int = lambda value: type(value) is int and abs(value) < 2**63
+_is_number = lambda value: value is None or isinstance(value, int | float)
+_is_box = lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
 
 
 def _clip(xyxy: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -385,9 +361,7 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[NestedTensor, list[dict]]
 
 
 def build_dataset(
-    cfg: Any,
-    split: str,
-    class_map: ClassMap | Callable[[list[dict]], ClassMap] | None = None,
+    cfg: Any, split: str, class_map: ClassMap | Callable[[list[dict]], ClassMap] | None = None
 ) -> CocoDetection:
     """The "train", "val" or "test" part of the data set at `cfg.coco_path`, laid out as COCO 2017.
 
@@ -395,22 +369,11 @@ def build_dataset(
     """
     if not cfg.coco_path:
         raise UserError("coco_path is not set: give the data set's directory with --coco_path")
-    root, test = Path(cfg.coco_path), split == "test"
+    root, train, test = Path(cfg.coco_path), split == "train", split == "test"
     file_name = "image_info_test-dev2017.json" if test else f"instances_{split}2017.json"
-    scales, max_size = cfg.data_aug_scales, cfg.data_aug_max_size
-    if split == "train":
-        second = cfg.data_aug_scales2_resize, cfg.data_aug_scales2_crop
-        transforms = train_transforms(scales, max_size, *second, cfg.fix_size)
-    else:
-        transforms = eval_transforms(scales, max_size)
-    return CocoDetection(
-        root / f"{split}2017",
-        root / "annotations" / file_name,
-        transforms,
-        class_map,
-        train=split == "train",
-        seed=cfg.seed,
-        strict=cfg.strict_data,
-        annotated=not test,
-        num_classes=cfg.num_classes,
-    )
+    paths = root / f"{split}2017", root / "annotations" / file_name
+    first = cfg.data_aug_scales, cfg.data_aug_max_size
+    second = cfg.data_aug_scales2_resize, cfg.data_aug_scales2_crop, cfg.fix_size
+    transforms = train_transforms(*first, *second) if train else eval_transforms(*first)
+    options = {"seed": cfg.seed, "strict": cfg.strict_data, "num_classes": cfg.num_classes}
+    return CocoDetection(*paths, transforms, class_map, train=train, annotated=not test, **options)

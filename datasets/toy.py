@@ -41,34 +41,23 @@ def regular(corners: int, radius: np.ndarray | float = 1.0) -> np.ndarray:
     return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
 
 
-def star(rng: np.random.Generator) -> np.ndarray:
-    return regular(10, radius=np.where(np.arange(10) % 2, rng.uniform(0.38, 0.5), 1.0))
-
-
-def ring(rng: np.random.Generator) -> np.ndarray:
-    outer = regular(32)[np.arange(33) % 32]
-    return np.concatenate([outer, rng.uniform(0.45, 0.65) * outer[::-1]])
-
-
-def cross(rng: np.random.Generator) -> np.ndarray:
-    a = rng.uniform(0.26, 0.38)
-    arm, quarter_turn = np.array([[a, a], [a, 1], [-a, 1]]), np.array([[0, 1], [-1, 0]])
-    return np.concatenate([arm @ np.linalg.matrix_power(quarter_turn, k) for k in range(4)])
-
-
-OUTLINES = {
-    "circle": lambda rng: regular(32),
-    "square": lambda rng: regular(4),
-    "triangle": lambda rng: regular(3),
-    "star": star,
-    "ring": ring,
-    "cross": cross,
-}
+def outline_of(name: str, rng: np.random.Generator) -> np.ndarray:
+    """The outline (n, 2) of a class about the origin; some classes vary in their proportions."""
+    if name == "star":
+        return regular(10, radius=np.where(np.arange(10) % 2, rng.uniform(0.38, 0.5), 1.0))
+    if name == "ring":
+        outer = regular(32)[np.arange(33) % 32]
+        return np.concatenate([outer, rng.uniform(0.45, 0.65) * outer[::-1]])
+    if name == "cross":
+        a = rng.uniform(0.26, 0.38)
+        arm, quarter_turn = np.array([[a, a], [a, 1], [-a, 1]]), np.array([[0, 1], [-1, 0]])
+        return np.concatenate([arm @ np.linalg.matrix_power(quarter_turn, k) for k in range(4)])
+    return regular({"circle": 32, "square": 4, "triangle": 3}[name])
 
 
 def random_outline(rng: np.random.Generator, name: str, extent: float) -> np.ndarray:
     """A stretched and turned outline (n, 2) about the origin, its longer side `extent` pixels."""
-    points = OUTLINES[name](rng) * [rng.uniform(0.8, 1.25), 1.0]
+    points = outline_of(name, rng) * [rng.uniform(0.8, 1.25), 1.0]
     turn = 2 * np.pi * rng.random()
     points = points @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     points -= (points.min(0) + points.max(0)) / 2

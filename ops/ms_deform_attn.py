@@ -15,6 +15,14 @@ from torch import Tensor, nn
 from . import native
 from .reference import ms_deform_attn_reference, ms_deform_attn_reference_backward
 
+# The arguments and their axes.
+_AXES = {
+    "value": "BSMD",
+    "spatial_shapes": "L2",
+    "level_start_index": "L",
+    "sampling_locations": "BQMLP2",
+    "attention_weights": "BQMLP",
+}
 BACKENDS = ("reference", "cpp", "cuda")
 _COMPILED = {"cpu": "cpp", "cuda": "cuda"}  # for each type of device
 _VARIABLE = "MS_DEFORM_ATTN_BACKEND"
@@ -55,23 +63,15 @@ def ms_deform_attn(
         RuntimeError: `MS_DEFORM_ATTN_BACKEND` forces a backend that is absent. Differentiating
             twice.
     """
-    _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    return torch.ops.dn_dino.ms_deform_attn(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-    )
+    inputs = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+    _check(*inputs)
+    return torch.ops.dn_dino.ms_deform_attn(*inputs)
 
 
-def _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights) -> None:
+def _check(*inputs: Tensor) -> None:
     """Types, devices and shapes; the sizes B, S, M, D, Q, L, P are read off as they first occur."""
-    arguments = {
-        "value": (value, "BSMD"),
-        "spatial_shapes": (spatial_shapes, "L2"),
-        "level_start_index": (level_start_index, "L"),
-        "sampling_locations": (sampling_locations, "BQMLP2"),
-        "attention_weights": (attention_weights, "BQMLP"),
-    }
-    sizes = {"2": 2}
-    for name, (tensor, axes) in arguments.items():
+    value, sizes = inputs[0], {"2": 2}
+    for (name, axes), tensor in zip(_AXES.items(), inputs, strict=True):
         integral = name in ("spatial_shapes", "level_start_index")
         if integral and tensor.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, not {tensor.dtype}")
@@ -81,10 +81,8 @@ def _check(value, spatial_shapes, level_start_index, sampling_locations, attenti
             raise TypeError(f"{name} is {tensor.dtype} beside a value of {value.dtype}")
         if tensor.device != value.device:
             raise ValueError(f"{name} is on {tensor.device}, value on {value.device}")
-        fits = tensor.dim() == len(axes) and all(
-            sizes.setdefault(axis, size) == size
-            for axis, size in zip(axes, tensor.shape, strict=True)
-        )
+        pairs = zip(axes, tensor.shape, strict=False)
+        fits = tensor.dim() == len(axes) and all(sizes.setdefault(a, n) == n for a, n in pairs)
         if not fits:
             wanted = ", ".join(f"{a}={sizes[a]}" if a in sizes and a != "2" else a for a in axes)
             raise ValueError(f"{name} must have shape ({wanted}), not {tuple(tensor.shape)}")
@@ -127,23 +125,19 @@ def _default_backend(device_type: str) -> str:
 
 # The operator, as torch.compile and torch.export see it. Which backend runs is decided in the call.
 
-torch.library.define(
-    "dn_dino::ms_deform_attn",
-    "(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations,"
-    " Tensor attention_weights) -> Tensor",
-)
+_TENSORS = ", ".join(f"Tensor {name}" for name in _AXES)
+torch.library.define("dn_dino::ms_deform_attn", f"({_TENSORS}) -> Tensor")
 torch.library.define(
     "dn_dino::ms_deform_attn_backward",
-    "(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index,"
-    " Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad_output, {_TENSORS}) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.impl("dn_dino::ms_deform_attn", "default")
-def _forward(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
+def _forward(*inputs):
+    value, spatial_shapes, level_start_index, locations, _ = inputs
     _check_levels(value, spatial_shapes, level_start_index)
-    inputs = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-    if _nothing_to_do(value, sampling_locations):
+    if value.numel() == 0 or locations.numel() == 0:
         return _fake_forward(*inputs).zero_()
     backend = choose_backend(value.device)
     if backend == "reference":
@@ -154,7 +148,7 @@ def _forward(value, spatial_shapes, level_start_index, sampling_locations, atten
 @torch.library.impl("dn_dino::ms_deform_attn_backward", "default")
 def _backward(grad_output, *inputs):
     value, _, _, locations, weights = inputs
-    if _nothing_to_do(value, locations):
+    if value.numel() == 0 or locations.numel() == 0:
         return torch.zeros_like(value), torch.zeros_like(locations), torch.zeros_like(weights)
     backend = choose_backend(value.device)
     if backend == "cuda":
@@ -173,10 +167,7 @@ def _fake_forward(value, spatial_shapes, level_start_index, sampling_locations, 
 @torch.library.register_fake("dn_dino::ms_deform_attn_backward")
 def _fake_backward(grad_output, *inputs):
     value, _, _, locations, weights = inputs
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in (value, locations, weights)
-    )
+    return tuple(t.new_empty(t.shape) for t in (value, locations, weights))
 
 
 def _differentiate(ctx, grad_output):
@@ -185,9 +176,8 @@ def _differentiate(ctx, grad_output):
 
 
 def _refuse_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "ms_deform_attn has no second derivative: its gradients cannot be differentiated again"
-    )
+    problem = "ms_deform_attn has no second derivative"
+    raise RuntimeError(f"{problem}: its gradients cannot be differentiated again")
 
 
 torch.library.register_autograd(
@@ -198,18 +188,12 @@ torch.library.register_autograd(
 torch.library.register_autograd("dn_dino::ms_deform_attn_backward", _refuse_second_derivative)
 
 
-def _nothing_to_do(value: Tensor, locations: Tensor) -> bool:
-    return value.numel() == 0 or locations.numel() == 0
-
-
 def _check_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
     """On the CPU: raises ValueError unless the levels lie in `value` one after another."""
     if value.device.type != "cpu":
         return
-    end = 0
-    for (height, width), start in zip(
-        spatial_shapes.tolist(), level_start_index.tolist(), strict=True
-    ):
+    end, starts = 0, level_start_index.tolist()
+    for (height, width), start in zip(spatial_shapes.tolist(), starts, strict=True):
         if height <= 0 or width <= 0:
             raise ValueError(f"spatial_shapes has a level of {height} x {width} pixels")
         if start < end:
@@ -260,8 +244,7 @@ class MSDeformAttn(nn.Module):
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)
         distance = torch.arange(1, self.n_points + 1)
-        offsets = direction[:, None, None] * distance[:, None]
-        offsets = offsets.expand(-1, self.n_levels, -1, -1)
+        offsets = (direction[:, None, None] * distance[:, None]).expand(-1, self.n_levels, -1, -1)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.flatten())
         for constant in (self.sampling_offsets.weight, *self.attention_weights.parameters()):
@@ -302,11 +285,6 @@ class MSDeformAttn(nn.Module):
             locations = points[..., :2] + offsets * points[..., 2:] * (0.5 / P)
         else:
             raise ValueError(f"reference_points must have 2 or 4 numbers, not {points.shape[-1]}")
-        output = ms_deform_attn(
-            value.view(B, -1, M, value.shape[-1] // M),
-            spatial_shapes,
-            level_start_index,
-            locations,
-            weights,
-        )
+        value = value.unflatten(-1, (M, -1))
+        output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
         return self.output_proj(output)

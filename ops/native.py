@@ -82,14 +82,13 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _prepare(
-    backend: str, value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
-) -> list[Tensor]:
+def _prepare(backend: str, *inputs: Tensor) -> list[Tensor]:
     """The inputs, contiguous and of types that the library takes.
 
     The C++ kernel knows float and double; the CUDA kernel reads half types too, with locations
     and weights both in the type of value or both in float32.
     """
+    value, shapes, starts, locations, weights = inputs
     if backend == "cpp":
         value = value.to(_accumulator(value))
     if not locations.dtype == weights.dtype == value.dtype:

@@ -37,17 +37,13 @@ def ms_deform_attn_reference(
 
 
 def ms_deform_attn_reference_backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
+    grad_output: Tensor, *inputs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of value, sampling locations and attention weights, in their types."""
+    value, spatial_shapes, level_start_index, locations, attention_weights = inputs
     B, S, M, D = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
-    pixels, axis_weights, slopes = _two_pixels(sampling_locations.to(dtype), spatial_shapes)
+    pixels, axis_weights, slopes = _two_pixels(locations.to(dtype), spatial_shapes)
     attention = attention_weights.to(dtype)
     index_of = _rows(pixels, value, spatial_shapes, level_start_index)
     weights = _corner_weights(axis_weights, attention)
@@ -78,7 +74,7 @@ def ms_deform_attn_reference_backward(
     size = _width_height(spatial_shapes, dtype)
     return (
         grad_rows.view(value.shape).to(value.dtype),
-        (attention[..., None] * slope * size).to(sampling_locations.dtype),
+        (attention[..., None] * slope * size).to(locations.dtype),
         _sum_of_two(by_row * y_weights).to(attention_weights.dtype),
     )
 
@@ -108,11 +104,7 @@ def _two_pixels(locations: Tensor, spatial_shapes: Tensor) -> tuple[Tensor, Tens
     weights = torch.stack([1 - fraction, fraction], dim=-1)
     inside = (pixels >= 0) & (pixels < size[..., None]) & (position > -1)[..., None]
     slopes = torch.tensor([-1, 1], dtype=locations.dtype, device=locations.device)
-    return (
-        torch.where(inside, pixels, 0),
-        torch.where(inside, weights, 0),
-        torch.where(inside, slopes, 0),
-    )
+    return tuple(torch.where(inside, t, 0) for t in (pixels, weights, slopes))
 
 
 def _rows(pixels: Tensor, value: Tensor, spatial_shapes: Tensor, starts: Tensor) -> Tensor:

@@ -93,8 +93,7 @@ def torch_versions() -> tuple[str | None, str | None]:
 
     pip builds in an environment of its own, which hides the installed packages: hence the paths.
     """
-    paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    paths.append(site.getusersitepackages())
+    paths = [*map(sysconfig.get_path, ("purelib", "platlib")), site.getusersitepackages()]
     spec = importlib.util.find_spec("torch") or PathFinder.find_spec("torch", paths)
     if spec is None:
         return None, None
@@ -105,8 +104,7 @@ def torch_versions() -> tuple[str | None, str | None]:
 def architecture_flags(nvcc: str) -> list[str]:
     """-gencode for TORCH_CUDA_ARCH_LIST, else for the GPUs present, else for the usual ones."""
     known = re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch"))
-    listed = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
-    wanted = [name for name in listed if name]
+    wanted = re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     if not wanted and shutil.which("nvidia-smi"):
         query = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
         wanted = sorted(set(re.findall(r"^\d+\.\d+$", query, re.MULTILINE)))
@@ -124,11 +122,9 @@ def architecture_flags(nvcc: str) -> list[str]:
                 f"{nvcc} cannot compile for compute capability {name}; it knows"
                 f" {', '.join(known)}. Install a toolkit that does and set CUDA_HOME to it."
             )
+        number += match[3]
         for kind in ("sm", "compute") if match[4] else ("sm",):
-            flags += [
-                "-gencode",
-                f"arch=compute_{number + match[3]},code={kind}_{number + match[3]}",
-            ]
+            flags += ["-gencode", f"arch=compute_{number},code={kind}_{number}"]
     return flags
 
 
@@ -137,17 +133,16 @@ def output_of(*command: str) -> str:
 
 
 os.chdir(Path(__file__).parent)
-extensions = [Extension("ms_deform_attn.libms_deform_attn_cpu", ["src/ms_deform_attn_cpu.cpp"])]
-if not os.environ.get("MS_DEFORM_ATTN_CPU_ONLY"):
-    cuda = Extension("ms_deform_attn.libms_deform_attn_cuda", ["src/ms_deform_attn_cuda.cu"])
-    extensions.append(cuda)
+sources = ["src/ms_deform_attn_cpu.cpp", "src/ms_deform_attn_cuda.cu"]
+if os.environ.get("MS_DEFORM_ATTN_CPU_ONLY"):
+    sources.pop()
 setup(
     name="ms_deform_attn",
     version="1.0",
     description="Multi-scale deformable attention for PyTorch: reference, C++ and CUDA",
     packages=["ms_deform_attn"],
     package_dir={"ms_deform_attn": "."},
-    ext_modules=extensions,
+    ext_modules=[Extension(f"ms_deform_attn.lib{Path(s).stem}", [s]) for s in sources],
     cmdclass={"build_ext": Build},
     install_requires=["torch>=2.6"],
     python_requires=">=3.10",

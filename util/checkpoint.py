@@ -57,7 +57,7 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())  # the data must be on disk before the name points to it
         try:
-            _unpickle(temporary, verify=False)
+            read_checkpoint(temporary, verify=False)
         except UserError as error:
             raise TypeError(f"{path}: not saved, it could not be read back: {error}") from error
         os.replace(temporary, path)
@@ -68,10 +68,9 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> None:
             cause = cause.__context__
         if cause is None:
             raise
-        raise UserError(
-            f"{path}: checkpoint not saved: {cause.strerror or cause}; "
-            "check that the directory exists, is writable and has space left"
-        ) from error
+        remedy = "check that the directory exists, is writable and has space left"
+        problem = f"checkpoint not saved: {cause.strerror or cause}"
+        raise UserError(f"{path}: {problem}; {remedy}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -83,21 +82,17 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> None:
             os.close(directory)
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
+def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict:
     """The dict in `path`, its tensors on the CPU; files of any torch.save since PyTorch 0.4.
 
     Nothing in the file is executed: only tensors, plain containers and argparse.Namespace are
     built. UserError where the file is missing, damaged (torch itself does not compare checksums:
     a download with a hole in it would load), no checkpoint, or wants anything else. Tensors are
     mapped from the file where its format allows, so that unused ones take no memory; replacing the
-    file meanwhile does no harm, writing into it would.
+    file meanwhile does no harm, writing into it would. `verify` False leaves checksums out.
     """
-    return _unpickle(Path(path), verify=True)
-
-
-def _unpickle(path: Path, verify: bool) -> dict:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
             raise UserError(f"{path}: is a directory or no regular file; name the file itself")
         with open(path, "rb") as file:
             head = file.read(4)
@@ -134,9 +129,8 @@ def _unpickle(path: Path, verify: bool) -> dict:
         raise UserError(f"{path}: {error.strerror}; check the path and its permissions") from error
     except Exception as error:  # a damaged file may raise anything: KeyError, OSError, ...
         reason = re.split(r"\.\s|\n", f"{type(error).__name__}: {error}")[0].strip(": ")
-        raise UserError(
-            f"{path}: truncated, corrupt or not a checkpoint ({reason}); copy or download it again"
-        ) from error
+        problem = f"truncated, corrupt or not a checkpoint ({reason})"
+        raise UserError(f"{path}: {problem}; copy or download it again") from error
 
 
 def latest_checkpoint(output_dir: str | os.PathLike) -> tuple[Path, dict] | None:
@@ -232,10 +226,9 @@ def load_weights(
     missing = (name for name, tensor in ours.items() if id(tensor) not in seen)
     report.missing = [name for name in missing if not name.endswith(STEP_COUNTER)]
     if strict and (report.missing or report.unexpected or report.mismatched):
-        raise UserError(
-            f"{source}: does not fit the model, nothing of it is used; choose the config and the "
-            f"options it was trained with\n{report}"
-        )
+        problem = f"{source}: does not fit the model, nothing of it is used"
+        remedy = "choose the config and the options it was trained with"
+        raise UserError(f"{problem}; {remedy}\n{report}")
     fitting = {name: fits[id(tensor)] for name, tensor in state.items() if id(tensor) in fits}
     model.load_state_dict(fitting, strict=False)
     report.loaded = len(fitting)
@@ -247,10 +240,8 @@ def _find_state_dict(checkpoint: Mapping, source: str) -> Mapping[str, Tensor]:
     state = next((entry for entry in entries if isinstance(entry, Mapping)), checkpoint)
     pairs = state.items()
     if not pairs or not all(isinstance(n, str) and isinstance(v, Tensor) for n, v in pairs):
-        raise UserError(
-            f"{source}: holds no weights; they are expected under 'model', 'ema_model' or "
-            "'state_dict', or as names and tensors alone"
-        )
+        places = "under 'model', 'ema_model' or 'state_dict', or as names and tensors alone"
+        raise UserError(f"{source}: holds no weights; they are expected {places}")
     return state
 
 
@@ -306,21 +297,21 @@ def load_backbone(backbone: nn.Module, name: str, path: str = "", directory: str
     backbone's tensors, such as the classifier, is left out. UserError where there is no file, where
     the download fails, and where a tensor of the backbone is not in the file or has another shape.
     """
-    if name in RELEASED_FILES:
-        _load_released(backbone, name, path, directory)
-        return
-    body = backbone.body
+    released, remedy = name in RELEASED_FILES, "name a local file with --backbone_weights"
+    body = backbone if released else backbone.body
+    if released and not path:
+        path = os.path.join(directory, RELEASED_FILES[name])
     try:
+        if released and not os.path.exists(path):
+            remedy = "put its authors' file into --backbone_dir, name one with --backbone_weights"
+            raise FileNotFoundError(f"{path} is not there")
         if name.startswith("timm/"):
             import timm  # slow to import, and not needed to read a checkpoint
 
-            source = timm.create_model(
-                name.removeprefix("timm/"),
-                pretrained=True,
-                pretrained_cfg_overlay={"file": path} if path else None,
-                features_only=True,
-                out_indices=body.feature_info.out_indices,
-            ).state_dict()
+            options = {"features_only": True, "out_indices": body.feature_info.out_indices}
+            options["pretrained_cfg_overlay"] = {"file": path} if path else None
+            model = timm.create_model(name.removeprefix("timm/"), pretrained=True, **options)
+            source = model.state_dict()
         elif path:
             source = _find_state_dict(read_checkpoint(path), path)
         else:
@@ -328,26 +319,11 @@ def load_backbone(backbone: nn.Module, name: str, path: str = "", directory: str
 
             source = torchvision.models.get_model(name, weights="IMAGENET1K_V1").state_dict()
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"backbone: no pretrained weights for {name} ({reason}); name a local file with "
-            "--backbone_weights, or train without with --no_pretrained_backbone"
-        ) from error
-    wanted = body.state_dict()
-    found = {k: v for k, v in source.items() if k in wanted}
-    load_weights(body, found, source=path or f"pretrained {name}")
-
-
-def _load_released(backbone: nn.Module, name: str, path: str, directory: str) -> None:
-    path = path or os.path.join(directory, RELEASED_FILES[name])
-    if not os.path.exists(path):
-        raise UserError(
-            f"backbone: no pretrained weights for {name} ({path} is not there); put its authors' "
-            "file into --backbone_dir, name one with --backbone_weights, or train without with "
-            "--no_pretrained_backbone"
-        )
-    source = _find_state_dict(read_checkpoint(path), path)
+        problem = f"backbone: no pretrained weights for {name} ({str(error).splitlines()[0]})"
+        remedy += ", or train without with --no_pretrained_backbone"
+        raise UserError(f"{problem}; {remedy}") from error
+    ours = body.state_dict()
     # The norms of the feature maps came with detection; a classifier's file does not have them.
-    found = {k: v for k, v in backbone.state_dict().items() if re.match(r"norm\d\.", k)}
-    found |= {k: v for k, v in source.items() if k in backbone.state_dict()}
-    load_weights(backbone, found, source=path)
+    found = {k: v for k, v in ours.items() if released and re.match(r"norm\d\.", k)}
+    found |= {k: v for k, v in source.items() if k in ours}
+    load_weights(body, found, source=path or f"pretrained {name}")
