@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from datasets.coco_eval import CocoEvaluator
 from models.matcher import MatchingLog
 from util.config import Config
+from util.distributed import gather, sum_over_processes, world_size
 from util.ema import ModelEma
 from util.logging import Averages, Progress, peak_memory_mb
+from util.nested_tensor import NestedTensor
 
 logger = logging.getLogger(__name__)
 
 DEBUG_STEPS = 15
+Batch = tuple[NestedTensor, list[dict]]
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLoss(ArithmeticError):
     """A loss became NaN or infinite; the message says which one, at which epoch and step."""
+
+
+def in_groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """`size` batches at a time, without an incomplete last group."""
+    batches = iter(loader)
+    while len(group := list(itertools.islice(batches, size))) == size:
+        yield group
 
 
 def to_device(targets: list[dict], device: torch.device) -> list[dict]:
@@ -44,10 +57,16 @@ def weighted_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> Ten
 
 
 def read_losses(
-    total: Tensor, losses: dict[str, Tensor], weights: dict[str, float]
+    total: Tensor, losses: dict[str, Tensor], weights: dict[str, float], everywhere: bool = False
 ) -> dict[str, float]:
-    """Under the released keys: `loss`, weighted terms, raw terms as `_unscaled`. One transfer."""
-    values = torch.stack([total, *losses.values()]).detach().tolist()
+    """Under the released keys: `loss`, weighted terms, raw terms as `_unscaled`. One transfer.
+
+    `everywhere`: the means over all processes, which all have to ask for.
+    """
+    values = torch.stack([total, *losses.values()]).detach()
+    if everywhere:
+        values = sum_over_processes(values) / world_size()
+    values = values.tolist()
     stats = {"loss": values[0]}
     for name, value in zip(losses, values[1:], strict=True):
         if name in weights:
@@ -58,10 +77,40 @@ def read_losses(
     return stats
 
 
+def forward_and_backward(
+    model: nn.Module,
+    criterion: nn.Module,
+    batches: Sequence[Batch],
+    num_boxes: float,
+    device: torch.device,
+    cfg: Config,
+    scaler: torch.amp.GradScaler,
+) -> dict[str, float]:
+    """Gradients of the mean loss of the batches; returns the means of everything measured."""
+    averages = Averages()
+    for i, (images, targets) in enumerate(batches, 1):
+        images = images.to(device, non_blocking=True)
+        targets = to_device(targets, device)
+        # Processes exchange gradients once a step, with the last batch.
+        alone = isinstance(model, DistributedDataParallel) and i < len(batches)
+        with model.no_sync() if alone else nullcontext():
+            with autocast(cfg, device):
+                losses = criterion(model(images, targets), targets, num_boxes)
+                loss = weighted_losses(losses, criterion.weight_dict)
+            stats = read_losses(loss, losses, criterion.weight_dict, everywhere=True)
+            if not math.isfinite(stats["loss"]):
+                bad = [k for k in criterion.weight_dict if not math.isfinite(stats[k])] or ["loss"]
+                more = f" ({len(bad)} losses are not finite)" if len(bad) > 1 else ""
+                raise NonFiniteLoss(f"{bad[0]} is {stats[bad[0]]}{more}")
+            scaler.scale(loss / len(batches)).backward()
+        averages.update(stats, len(targets))
+    return averages.means()
+
+
 def train_one_epoch(
     model: nn.Module,
     criterion: nn.Module,
-    loader: Iterable,
+    loader: Iterable[Batch],
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     epoch: int,
@@ -69,35 +118,39 @@ def train_one_epoch(
     scaler: torch.amp.GradScaler,
     step_scheduler: LRScheduler | None = None,
     ema: ModelEma | None = None,
+    averages: Averages | None = None,
+    first_step: int = 0,
+    wishes: Callable[[], list[bool]] = list,
+    after_step: Callable[[int, list[bool]], None] = lambda step, wishes: None,
 ) -> dict[str, float]:
-    """Train for one epoch and return the mean of everything that was measured.
+    """Train on what `loader` gives and return the mean of everything that was measured.
 
-    `step_scheduler` moves on after every step. Raises NonFiniteLoss before a step is taken that
-    would destroy the weights.
+    A step takes `cfg.accumulate` batches in every process; losses are divided by the number of
+    boxes in all of them. `step_scheduler` moves on after every step. For an epoch that is taken up
+    at `first_step`, `averages` are those of the steps before, and go on. `wishes` is asked before
+    every step, and `after_step` told the step and what the processes wished, together. Raises
+    NonFiniteLoss before a step is taken that would destroy the weights, in all processes.
     """
     model.train()
     criterion.train()
-    averages, skipped = Averages(), 0
-    total_steps = min(len(loader), DEBUG_STEPS) if cfg.debug else len(loader)
-    progress = Progress(loader, f"epoch {epoch}", total_steps)
-    for step, (images, targets) in enumerate(progress):
+    averages, skipped = averages or Averages(), 0
+    total_steps = len(loader) // cfg.accumulate
+    total_steps = min(total_steps, DEBUG_STEPS) if cfg.debug else total_steps
+    progress = Progress(in_groups(loader, cfg.accumulate), f"epoch {epoch}", total_steps)
+    for step, batches in enumerate(progress, first_step):
+        targets = [target for _, targets in batches for target in targets]
         for name in [name for t in targets for name in t.get("skipped", ())]:
             skipped += 1
             logger.warning("unreadable image skipped, %d in this epoch: %s", skipped, name)
-        images = images.to(device, non_blocking=True)
-        targets = to_device(targets, device)
-        with autocast(cfg, device):
-            losses = criterion(model(images, targets), targets)
-            loss = weighted_losses(losses, criterion.weight_dict)
-        stats = read_losses(loss, losses, criterion.weight_dict)
-        if not math.isfinite(stats["loss"]):
-            bad = [k for k in criterion.weight_dict if not math.isfinite(stats[k])] or ["loss"]
-            raise NonFiniteLoss(
-                f"{bad[0]} is {stats[bad[0]]} at epoch {epoch}, step {step}"
-                + (f" ({len(bad)} losses are not finite)" if len(bad) > 1 else "")
-            )
+        num_boxes = sum(len(t["labels"]) for t in targets)
+        shared = torch.tensor([num_boxes, *wishes()], dtype=torch.float64)
+        num_boxes, *wished = sum_over_processes(shared).tolist()
+        num_boxes = max(num_boxes / world_size() / cfg.accumulate, 1.0)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        try:
+            stats = forward_and_backward(model, criterion, batches, num_boxes, device, cfg, scaler)
+        except NonFiniteLoss as e:
+            raise NonFiniteLoss(f"{e} at epoch {epoch}, step {step}") from None
         if cfg.clip_max_norm > 0:
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_max_norm)
@@ -109,7 +162,9 @@ def train_one_epoch(
         if step_scheduler:
             step_scheduler.step()
         averages.update(stats, len(targets))
+        progress.images += len(targets) * world_size()
         progress.note = f"loss {averages.means()['loss']:.3f}"
+        after_step(step, [wish > 0 for wish in wished])
     return averages.means() | {
         "lr": optimizer.param_groups[0]["lr"],
         "images_per_second": progress.images_per_second,
@@ -156,7 +211,11 @@ def evaluate(
         results = postprocess(outputs, sizes)
         ids = [int(t["image_id"]) for t in targets]
         evaluator.update(dict(zip(ids, results, strict=True)))
+        progress.images += len(targets) * world_size()
+    evaluator.join(gather(evaluator.results))
+    averages.join(gather(averages))
     stats = averages.means() | {"images_per_second": progress.images_per_second}
     if matching:
+        matching.join(gather(matching))
         stats |= matching.summary()
     return stats | {"coco_eval_bbox": evaluator.summarize()} if annotated else stats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -17,8 +18,7 @@ from datasets.coco import CocoDetection
 class CocoEvaluator:
     """Collects detections and evaluates them against the data set's own annotations.
 
-    Only the images in `results` are evaluated, so a part of the data set may be. To join several
-    processes, gather their `results` into one dict: an image that two of them saw counts once.
+    Only the images in `results` are evaluated, so a part of the data set may be.
     """
 
     def __init__(self, dataset: CocoDetection):
@@ -43,6 +43,12 @@ class CocoEvaluator:
             # As many digits as float32 scores have, and more than boxes do.
             rounded = scores.round(8).tolist(), category_ids, boxes.round(3).tolist()
             self.results[int(image_id)] = rounded
+
+    def join(self, parts: Sequence[dict[int, tuple]]) -> None:
+        """Take over the `results` of several processes, in the data set's order, on which the
+        figures depend where scores are equal."""
+        together = {id_: result for part in parts for id_, result in part.items()}
+        self.results = {id_: together[id_] for id_ in self.dataset.image_ids if id_ in together}
 
     @property
     def detections(self) -> list[dict[str, Any]]:

@@ -38,8 +38,9 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """What the detector returned and its targets -> {loss name: scalar}, not yet weighted.
 
-        `num_boxes` is what the matching losses are divided by; by default the number of target
-        boxes, at least 1. Processes that train together pass its mean over all of them.
+        `num_boxes` is what the losses are divided by, those of denoising by so many in every
+        group; by default the number of target boxes, at least 1. Processes that train together
+        pass its mean over all of them.
         Beside the losses there are `class_error`, the matched queries whose best class is wrong
         (%), and `cardinality_error`, how far the number of confident queries is from the
         number of objects, both of the last layer, and the `dn_groups` and `dn_queries` of the
@@ -56,7 +57,7 @@ class SetCriterion(nn.Module):
         if dn := outputs.get("dn"):
             sizes = {"dn_groups": dn.num_groups, "dn_queries": dn.num_queries}
             losses |= {k: torch.full_like(losses["loss_ce"], n) for k, n in sizes.items()}
-        return losses | compute_dn_loss(dn, self.focal_alpha)
+        return losses | compute_dn_loss(dn, self.focal_alpha, num_boxes)
 
     def matching_losses(
         self,

@@ -304,8 +304,11 @@ def dn_post_process(logits: Tensor, boxes: Tensor, dn: Denoising | None) -> tupl
     return logits, boxes
 
 
-def compute_dn_loss(dn: Denoising | None, focal_alpha: float = 0.25) -> dict[str, Tensor]:
-    """Focal, L1 and GIoU loss of the denoising queries, over their number, for each decoder layer.
+def compute_dn_loss(
+    dn: Denoising | None, focal_alpha: float = 0.25, num_boxes: float | None = None
+) -> dict[str, Tensor]:
+    """Focal, L1 and GIoU loss of the denoising queries, for each decoder layer, divided by the
+    number of targets, which is `num_boxes` in every group; by default it is counted.
 
     Named `loss_ce_dn`, `loss_bbox_dn`, `loss_giou_dn` for the last layer, with `_0`, `_1`, ... for
     those before it; weighted like the matching losses (1, 5, 2). Empty without `dn`.
@@ -318,7 +321,7 @@ def compute_dn_loss(dn: Denoising | None, focal_alpha: float = 0.25) -> dict[str
     loss_ce = sigmoid_focal_loss(logits, onehot, focal_alpha) * dn.supervised[..., None]
     boxes = dn.pred_boxes[(slice(None), *dn.to_box)].float()
     loss_bbox, loss_giou = box_losses(boxes, dn.boxes.float())
-    num = max(len(dn.labels), 1)
+    num = max(len(dn.labels), 1) if num_boxes is None else num_boxes * dn.num_groups
     return by_layer(
         {
             "loss_ce_dn": loss_ce.sum((1, 2, 3)) / num,

@@ -100,6 +100,12 @@ class MatchingLog:
             objects.scatter_(1, query.cpu() % objects.shape[1], numbers)  # -1: the spare column
             self.matches[int(target["image_id"])] = objects[:, :-1]
 
+    def join(self, others: Sequence[MatchingLog]) -> None:
+        """Take over what several logs, of other processes, hold together."""
+        self.matches = {k: v for other in others for k, v in other.matches.items()}
+        self.distance = sum(other.distance for other in others)
+        self.num_matched = sum(other.num_matched for other in others)
+
     def summary(self) -> dict[str, float]:
         """Means by decoder layer, named as the losses are: `anchor_distance`, L1 in fractions of
         the image, over objects; `matching_instability`, the queries whose target is another one

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import stat
 import uuid
 import warnings
@@ -14,6 +15,7 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,9 @@ logger = logging.getLogger(__name__)
 NAMES_SHOWN = 20
 STEP_COUNTER = "num_batches_tracked"  # of BatchNorm: a frozen one has none, an old file neither
 ZIP_HEAD, PICKLE_HEAD = b"PK\x03\x04", b"\x80"  # torch.save's format, and its format before 1.6
-CANDIDATE = re.compile(r"checkpoint(\d{4,})?\.pth")  # not checkpoint_best*, not *_nonfinite
+CANDIDATE = re.compile(
+    r"checkpoint(\d{4,}|_previous_\d+)?\.pth"
+)  # not checkpoint_best*, not *_nonfinite
 
 # Pretrained backbones, as their authors name the files.
 RELEASED_FILES = {
@@ -40,9 +44,46 @@ RELEASED_FILES = {
 }
 
 
-def save_checkpoint(path: str | os.PathLike, state: dict) -> None:
+def copy_checkpoint(path: Path, other: Path) -> None:
+    """Has the file under another name as well: by a hard link, which takes no time and no room, or
+    where the file system has none by a copy."""
+    temporary = other.with_name(f".{other.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copy2(path, temporary)  # with its time, by which the newest is told
+        os.replace(temporary, other)
+    except OSError as error:
+        raise _not_saved(other, error) from error
+
+
+def _not_saved(path: Path, error: Exception) -> Exception:
+    """The UserError that says so, or the error itself if it is none of the file system's."""
+    cause = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__  # torch.save wraps a failed write into an error of its zip writer
+    if cause is None:
+        return error
+    remedy = "check that the directory exists, is writable and has space left"
+    return UserError(f"{path}: checkpoint not saved: {cause.strerror or cause}; {remedy}")
+
+
+def _keep_previous(path: Path, number: int) -> None:
+    """Makes room for a new `path`: what it and its `number` predecessors are moves on by one."""
+    names = [path.with_name(f"{path.stem}_previous_{i}{path.suffix}") for i in range(1, number + 1)]
+    for older, newer in pairwise(reversed(names)):
+        if newer.exists():
+            os.replace(newer, older)
+    if names and path.exists():
+        copy_checkpoint(path, names[0])
+
+
+def save_checkpoint(path: str | os.PathLike, state: dict, keep: int = 1) -> None:
     """Writes `state` to `path` so that a crash at any moment leaves the old file or the new one.
 
+    keep: so many of the newest are kept, those before as `checkpoint_previous_1.pth` and so on.
     UserError where the file system refuses (disk full, directory gone, no permission); TypeError
     where `state` holds what `read_checkpoint` would refuse (a numpy scalar, a Path, ...), which is
     better learnt at the first save than at the resume. The file before it stays whole in both.
@@ -60,17 +101,10 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> None:
             read_checkpoint(temporary, verify=False)
         except UserError as error:
             raise TypeError(f"{path}: not saved, it could not be read back: {error}") from error
+        _keep_previous(path, keep - 1)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save wraps a failed write into a RuntimeError of its zip writer.
-        cause = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        if cause is None:
-            raise
-        remedy = "check that the directory exists, is writable and has space left"
-        problem = f"checkpoint not saved: {cause.strerror or cause}"
-        raise UserError(f"{path}: {problem}; {remedy}") from error
+        raise _not_saved(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -136,9 +170,9 @@ def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict:
 def latest_checkpoint(output_dir: str | os.PathLike) -> tuple[Path, dict] | None:
     """The newest good checkpoint of a run and what it holds, or None: what to resume from.
 
-    Candidates are `checkpoint.pth` and `checkpointNNNN.pth`, newest modification first, ties by
-    name from the end. One that cannot be read is passed over with a warning, and so is one whose
-    weights were not finite ("nonfinite": True).
+    Candidates are `checkpoint.pth`, those before it, and `checkpointNNNN.pth`, newest modification
+    first, ties by name from the end. One that cannot be read is passed over with a warning, and so
+    is one whose weights were not finite ("nonfinite": True).
     """
     candidates = []
     for path in Path(output_dir).glob("checkpoint*.pth"):

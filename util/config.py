@@ -68,6 +68,8 @@ RETIRED = {
     "save_log": "log.txt is always written",
     "dataset_file": "COCO format is the only one",
     "position_embedding": "the sine encoding is the only one",
+    "local_rank": "torchrun tells it",
+    "dist_backend": "NCCL for GPUs, Gloo for CPUs",
 }
 
 
@@ -225,6 +227,7 @@ class TrainingOptions:
 
     epochs: int = option(50, "epochs", low=1)
     batch_size: int = option(2, "images a process and step", low=1)
+    accumulate: int = option(1, "batches of every process that make one step", low=1)
     lr: float = option(1e-4, "learning rate", low=0)
     lr_backbone: float = option(1e-5, "learning rate of the backbone; 0 freezes it", low=0)
     lr_linear_proj_mult: float = option(
@@ -261,6 +264,18 @@ class RunOptions:
     finetune_ignore: list[str] = option([], "parts of names left out of --pretrain_model_path")
     start_epoch: int = option(0, "count epochs from here; a resumed run knows by itself", low=0)
     save_checkpoint_interval: int = option(10, "keep a checkpoint every so many epochs", low=1)
+    save_every_minutes: float = option(30, "save within an epoch, too, every so often", low=0)
+    keep_checkpoints: int = option(
+        2,
+        "checkpoints kept: checkpoint.pth, and those before it as checkpoint_previous_N.pth",
+        low=1,
+    )
+    world_size: int = option(1, "processes, one a device; torchrun and Slurm tell it", low=1)
+    rank: int = option(0, "which of the processes this is; torchrun and Slurm tell it", low=0)
+    dist_url: str = option("env://", "where the processes meet, e.g. tcp://HOST:PORT")
+    dist_timeout: float = option(
+        15, "minutes after which a process that hangs ends the others", low=0.01
+    )
     eval: bool = option(False, "evaluate on val2017 and stop")
     test: bool = option(False, "write detections on test2017 for the evaluation server and stop")
     eval_per_class: bool = option(False, "print AP by class as well")

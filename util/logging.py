@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,6 +44,22 @@ class Averages:
             self.sums[name] += weight * value
             self.weights[name] += weight
 
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        return {"sums": dict(self.sums), "weights": dict(self.weights)}
+
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        self.sums.update(state["sums"])
+        self.weights.update(state["weights"])
+
+    def join(self, others: Sequence[Averages]) -> None:
+        """Take over what several averages, of other processes, hold together."""
+        sums, weights = defaultdict(float), defaultdict(float)
+        for other in others:
+            for name, total in other.sums.items():
+                sums[name] += total
+                weights[name] += other.weights[name]
+        self.sums, self.weights = sums, weights
+
     def means(self) -> dict[str, float]:
         return {name: total / self.weights[name] for name, total in self.sums.items()}
 
@@ -51,7 +67,8 @@ class Averages:
 class Progress:
     """Goes through a loader: a bar on a terminal, elsewhere a line every `interval` seconds.
 
-    `note`, set by whoever loops, is shown with images a second, time left and peak memory.
+    Whoever loops counts the `images` and sets the `note`, which is shown with images a second, time
+    left and peak memory.
     """
 
     def __init__(self, loader: Iterable, title: str, total: int, interval: float = 20.0):
@@ -62,12 +79,11 @@ class Progress:
 
     def __iter__(self) -> Iterator:
         bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
             bar = tqdm(total=self.total, desc=self.title, leave=False, dynamic_ncols=True)
         shown = self.start
         for done, batch in enumerate(self.loader, 1):
             yield batch
-            self.images += len(batch[1])
             if bar:
                 bar.set_postfix_str(f"{self.note}  {self.images_per_second:.1f} images/s")
                 bar.update()
@@ -97,11 +113,21 @@ def peak_memory_mb() -> float:
 
 
 class RunLog:
-    """log.txt, one JSON line an epoch under the released keys, and the same for TensorBoard."""
+    """log.txt, one JSON line an epoch under the released keys, and the same for TensorBoard.
 
-    def __init__(self, output_dir: str | Path):
+    Lines of a run before that are of `first_epoch` or later are taken out: they are done again.
+    """
+
+    def __init__(self, output_dir: str | Path, first_epoch: int = 0):
         self.path = Path(output_dir) / "log.txt"
-        self.writer = SummaryWriter(str(output_dir))
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if is_before(line, first_epoch)]
+            if kept != lines:
+                temporary = self.path.with_name(".log.txt.tmp")
+                temporary.write_text("".join(kept))
+                temporary.replace(self.path)
+        self.writer = SummaryWriter(str(output_dir), purge_step=first_epoch)
 
     def write(self, stats: dict) -> None:
         with open(self.path, "a") as file:
@@ -116,3 +142,11 @@ class RunLog:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def is_before(line: str, epoch: int) -> bool:
+    """Whether a line of log.txt is whole and of an epoch before this one."""
+    try:
+        return line.endswith("\n") and json.loads(line)["epoch"] < epoch
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,190 @@
+"""Several real processes, started by torchrun, that do what one does."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from datasets.loader import EpochBatches
+from datasets.toy import make_toy_coco
+from tests.conftest import SMALL
+from tests.test_main import assert_same_state, read_log
+from util.checkpoint import read_checkpoint
+
+# No noise, whose random numbers depend on the process, and no batch statistics.
+PLAIN = ["--batch_norm_type", "FrozenBatchNorm2d", "--use_dn", "--dn_label_noise_ratio", "0"]
+PLAIN += ["--dn_box_noise_scale", "0", "--onecyclelr", "FALSE", "--fix_size"]
+
+
+def launch(processes: int, args: list[str], **kwargs) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={processes}", "main.py", *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **streams, **kwargs)
+
+
+def run(processes: int, args: list[str]) -> str:
+    with launch(processes, args) as process:
+        printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    return printed
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 training images, 5 steps of 4, and 7 to evaluate, which no 2 processes share evenly."""
+    return make_toy_coco(tmp_path_factory.mktemp("toy"), num_train=20, num_val=7, size=64)
+
+
+@pytest.fixture(scope="module")
+def squares(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with all images of one size: no padding, which would depend on the batch."""
+    root = tmp_path_factory.mktemp("squares") / "coco"
+    shutil.copytree(data, root)
+    for path in root.glob("annotations/instances_*.json"):
+        content = json.loads(path.read_text())
+        for image in content["images"]:
+            file = root / path.stem.removeprefix("instances_") / image["file_name"]
+            Image.open(file).resize((64, 64)).save(file)
+            scale = (64 / image["width"], 64 / image["height"])
+            image |= {"width": 64, "height": 64}
+            for box in (a["bbox"] for a in content["annotations"] if a["image_id"] == image["id"]):
+                box[:] = [value * s for value, s in zip(box, scale * 2, strict=True)]
+        path.write_text(json.dumps(content))
+    return root
+
+
+def arguments(data: Path, out: Path, batch_size: int, *more: str) -> list[str]:
+    args = [*SMALL, *PLAIN, "--coco_path", str(data), "--output_dir", str(out)]
+    return [*args, "--batch_size", str(batch_size), "--epochs", "1", *more]
+
+
+def test_two_processes_equal_one_of_twice_the_batch(squares: Path, tmp_path: Path):
+    """And so do accumulated batches: losses of 5 steps within 0.1%, weights on average within 2% of
+    a step's length."""
+    one, two, accumulated = (tmp_path / name for name in ("one", "two", "accumulated"))
+    run(1, arguments(squares, one, 4))
+    run(2, arguments(squares, two, 2))
+    run(1, arguments(squares, accumulated, 2, "--accumulate", "2"))
+    expected = read_checkpoint(one / "checkpoint.pth")["model"]
+    lr = read_log(one)[0]["train_lr"]
+    for other in (two, accumulated):
+        weights = read_checkpoint(other / "checkpoint.pth")["model"]
+        error = torch.cat([(weights[k] - v).abs().flatten() for k, v in expected.items()])
+        # AdamW's first steps are lr long however small a gradient is, so where it is next to
+        # nothing, float error turns whole steps; on average it must not matter.
+        assert error.mean() < 0.02 * lr, error.mean()
+        mine, theirs = read_log(other)[0], read_log(one)[0]
+        for key in (k for k in theirs if k.startswith("train_loss")):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-3), key
+
+
+def test_evaluation_does_not_depend_on_the_number_of_processes(data: Path, tmp_path: Path):
+    run(1, arguments(data, tmp_path / "run", 2))
+    resume = ["--eval", "--resume", str(tmp_path / "run" / "checkpoint.pth"), "--save_results"]
+    results = []
+    for processes in (1, 2, 3):
+        out = tmp_path / f"of {processes}"
+        run(processes, arguments(data, out, 2, *resume))
+        figures = json.loads((out / "eval.json").read_text())["test_coco_eval_bbox"]
+        results.append((figures, json.loads((out / "results.json").read_text())))
+    assert results[0] == results[1] == results[2]
+    assert len({d["image_id"] for d in results[0][1]}) == 7
+
+
+@pytest.mark.parametrize(("size", "processes"), [(10, 1), (10, 2), (11, 3), (3, 4)])
+def test_batches_of_all_processes_make_up_an_epoch(size: int, processes: int, monkeypatch):
+    def batches(train: bool, **kwargs) -> list[list[list[int]]]:
+        shares = []
+        for rank in range(processes):
+            monkeypatch.setattr("datasets.loader.rank", lambda rank=rank: rank)
+            monkeypatch.setattr("datasets.loader.world_size", lambda: processes)
+            sampler = EpochBatches(size, 2, train, **kwargs)
+            shares.append(list(sampler))
+            assert len(sampler) == len(shares[-1])
+        return shares
+
+    images = [i for share in batches(train=False) for batch in share for i in batch]
+    assert sorted(images) == list(range(size))
+    shares = batches(train=True)
+    assert len({len(share) for share in shares}) == 1  # else one would wait for ever
+    images = [i for share in shares for batch in share for i in batch]
+    assert len(set(images)) == len(images) == size // (2 * processes) * 2 * processes
+
+
+def test_signal_saves_and_the_run_goes_on(data: Path, tmp_path: Path):
+    """SIGTERM to torchrun, in the midst of an epoch: all stop, and the end is the same."""
+    args = ["--epochs", "3", "--dropout", "0.1", "--dn_box_noise_scale", "0.4"]
+    run(2, arguments(data, tmp_path / "whole", 1, *args))
+    stopped = arguments(data, tmp_path / "stopped", 1, *args, "--resume", "auto")
+    with launch(2, stopped) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 0: loss"):
+                time.sleep(0.2)
+                process.send_signal(signal.SIGTERM)
+                break
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "stopped by SIGTERM; --resume auto goes on" in printed
+    state = read_checkpoint(tmp_path / "stopped" / "checkpoint.pth")
+    assert state["epoch"] < 2
+    run(2, stopped)
+    ends = [read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped")]
+    for state in ends:
+        state["ema_model"] = {}
+    assert_same_state(*ends)
+    logs = [read_log(tmp_path / name) for name in ("whole", "stopped")]
+    assert [line["epoch"] for line in logs[1]] == [0, 1, 2]
+    for mine, other in zip(*logs, strict=True):
+        assert {k: v for k, v in mine.items() if "loss" in k} == {
+            k: v for k, v in other.items() if "loss" in k
+        }
+
+
+def test_a_killed_process_ends_the_others(data: Path, tmp_path: Path):
+    args = arguments(data, tmp_path / "out", 1, "--epochs", "100")
+    with launch(2, args) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 0: loss"):
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+                os.kill(int(children.split()[-1]), signal.SIGKILL)
+                break
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in printed  # torchrun's last words name the cause
+
+
+def test_a_process_that_hangs_ends_the_others(data: Path, tmp_path: Path):
+    args = arguments(data, tmp_path / "out", 1, "--epochs", "100", "--dist_timeout", "0.1")
+    with launch(2, args) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 0: loss"):
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+                os.kill(int(children.split()[-1]), signal.SIGSTOP)
+                break
+        printed = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "waits in vain for another, which is gone or hangs" in printed
+
+
+def test_second_run_on_one_directory_is_refused(data: Path, tmp_path: Path):
+    args = arguments(data, tmp_path / "out", 1, "--epochs", "100")
+    with launch(1, args) as first:
+        for line in first.stdout:
+            if line.startswith("epoch 0: loss"):
+                break
+        with launch(2, args) as second:
+            printed = second.communicate(timeout=60)[0]
+        first.kill()
+        first.stdout.close()
+    assert second.returncode != 0
+    assert "is in use by process" in printed
