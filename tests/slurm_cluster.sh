@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# A Slurm cluster of this machine alone, for tests: slurm_cluster.sh start|stop DIRECTORY
+#
+# Settings, state and logs stay in the directory; use it with SLURM_CONF=DIRECTORY/slurm.conf.
+# Needs root and Debian's packages slurmctld, slurmd, slurm-client and munge.
+set -euo pipefail
+dir=$(realpath -m "$2")
+
+stop() {
+    for name in slurmd slurmctld munged; do
+        if [ -f "$dir/$name.pid" ]; then
+            kill "$(cat "$dir/$name.pid")" 2>/dev/null || true
+        fi
+    done
+}
+
+if [ "$1" = stop ]; then
+    stop
+    exit
+fi
+
+mkdir -p "$dir/state" "$dir/spool"
+chmod 755 "$dir"
+# munged trusts no directory that others can write, such as /tmp above its own: hence --force.
+head -c 1024 /dev/urandom >"$dir/munge.key"
+chmod 600 "$dir/munge.key"
+munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" \
+    --pid-file="$dir/munged.pid" --log-file="$dir/munged.log" --seed-file="$dir/munge.seed"
+
+cat >"$dir/slurm.conf" <<EOF
+ClusterName=test
+SlurmctldHost=$(hostname -s)(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket=$dir/munge.socket
+CryptoType=crypto/munge
+SlurmctldPort=16817
+SlurmdPort=16818
+SlurmctldPidFile=$dir/slurmctld.pid
+SlurmdPidFile=$dir/slurmd.pid
+SlurmctldLogFile=$dir/slurmctld.log
+SlurmdLogFile=$dir/slurmd.log
+StateSaveLocation=$dir/state
+SlurmdSpoolDir=$dir/spool
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+KillWait=30
+MinJobAge=300
+SchedulerParameters=sched_interval=2
+NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(free -m | awk '/^Mem/ {print $2}') State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+EOF
+export SLURM_CONF="$dir/slurm.conf"
+slurmctld
+slurmd
+for _ in $(seq 60); do
+    if [ "$(sinfo --noheader --format=%T 2>/dev/null)" = idle ]; then
+        exit 0
+    fi
+    sleep 0.5
+done
+echo "slurm_cluster.sh: the node did not become idle; see the logs in $dir" >&2
+tail -n 5 "$dir"/*.log >&2
+stop
+exit 1
