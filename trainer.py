@@ -39,7 +39,14 @@ from util.checkpoint import (
     set_rng_state,
 )
 from util.config import Config
-from util.distributed import by_first, gather, rank, seed_everything, world_size
+from util.distributed import (
+    by_first,
+    gather,
+    rank,
+    seed_everything,
+    take_from_first,
+    world_size,
+)
 from util.ema import ModelEma
 from util.errors import UserError
 from util.logging import Averages, RunLog
@@ -280,6 +287,10 @@ class Run:
             raise NonFiniteLoss(f"{e}; the weights before that step are in {path}") from None
         if not self.every_step:
             self.scheduler.step()
+        # Statistics of batches are each process's own until the next step.
+        take_from_first(self.model.buffers())
+        if self.ema:
+            take_from_first(self.ema.module.buffers())
         self.epoch, self.step, self.averages = epoch, 0, Averages()
 
     def train(self, train_loader: DataLoader, val_loader: DataLoader, stop: StopRequest) -> None:

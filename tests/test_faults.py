@@ -1,0 +1,138 @@
+"""Full disks, damaged files, vanished directories, dead workers: what is left, and what is said."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from main import main
+from tests.conftest import SMALL
+from tests.test_main import read_log
+from tools import fault_test
+from util.checkpoint import read_checkpoint
+
+PLAIN = ["--onecyclelr", "FALSE", "--resume", "auto"]
+
+
+def arguments(toy: Path, out: Path, *more: str) -> list[str]:
+    return [*SMALL, *PLAIN, "--coco_path", str(toy), "--output_dir", str(out), *more]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_at_random_moments(processes: int, tmp_path: Path):
+    """tools/fault_test.py does the same more often."""
+    assert fault_test.test(2, processes, tmp_path, random.Random(1)) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB, where a checkpoint of 16 MB has room once."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def test_full_disk(toy: Path, small_disk: Path, capsys: pytest.CaptureFixture):
+    """The first checkpoint stays whole and is gone on from when there is room again."""
+    out = small_disk / "out"
+    assert main(arguments(toy, out, "--epochs", "3")) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint.pth: checkpoint not saved: No space left on device" in error
+    assert error.count("\n") == 1
+    state = read_checkpoint(out / "checkpoint.pth")
+    assert (state["epoch"], state["trained"] is None) == (0, False)  # before its evaluation
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    assert main(arguments(toy, out, "--epochs", "2")) == 0
+    assert [line["epoch"] for line in read_log(out)] == [0, 1]
+
+
+def test_vanished_directory(toy: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    command = [sys.executable, "main.py", *arguments(toy, out, "--epochs", "50")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 0: loss"):
+                shutil.rmtree(out)
+                break
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert str(out) in error.splitlines()[-1]
+    assert "No such file or directory" in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_damaged_checkpoints_are_passed_over(toy: Path, tmp_path: Path, capsys):
+    """Cut at every tenth of its length, and with a bit flipped: the one before it is taken, and the
+    end is the same."""
+    whole = tmp_path / "whole"
+    assert main(arguments(toy, whole, "--epochs", "2")) == 0
+    half = tmp_path / "half"
+    assert main(arguments(toy, half, "--epochs", "1")) == 0
+    newest = (half / "checkpoint.pth").read_bytes()
+    assert (half / "checkpoint_previous_1.pth").exists()
+    damaged = [newest[: len(newest) * tenth // 10] for tenth in range(10)]
+    generator = random.Random(0)
+    for _ in range(5):
+        content = bytearray(newest)
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        damaged.append(bytes(content))
+    for number, content in enumerate(damaged):
+        out = tmp_path / str(number)
+        shutil.copytree(half, out)
+        (out / "checkpoint.pth").unlink()  # a hard link of others
+        (out / "checkpoint.pth").write_bytes(content)
+        (out / "checkpoint_best.pth").unlink()
+        capsys.readouterr()
+        last = number == len(damaged) - 1
+        assert main(arguments(toy, out, "--epochs", "2" if last else "1")) == 0
+        if "passed over" not in capsys.readouterr().out:  # a bit that nothing depends on
+            assert number >= 10
+        elif last:
+            assert fault_test.compare(whole, out) == []
+    assert [line["epoch"] for line in read_log(out)] == [0, 1]
+
+
+def test_a_killed_data_worker_ends_the_run(toy: Path, tmp_path: Path):
+    args = arguments(toy, tmp_path / "out", "--epochs", "100", "--num_workers", "1")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "main.py", *args], **pipes) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 0: loss"):
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+                for child in map(int, children.split()):
+                    os.kill(child, signal.SIGKILL)
+                break
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    last = error.splitlines()[-1]
+    assert last.startswith("main.py: stopped: a data-loading process is gone: DataLoader worker")
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_a_hundred_resumes_leak_nothing(toy: Path, tmp_path: Path):
+    """Each trains and evaluates one epoch more, in this process."""
+    out, measured = tmp_path / "out", []
+    for epochs in range(1, 101):
+        tiny = ["--debug", "--batch_size", "16", "--epochs", str(epochs), "--use_ema"]
+        assert main(arguments(toy, out, *tiny)) == 0
+        files = len(list(Path("/proc/self/fd").iterdir()))
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        measured.append((files, len(children), resident_mb()))
+    assert [line["epoch"] for line in read_log(out)] == list(range(100))
+    assert measured[-1][:2] == measured[10][:2]
+    assert measured[-1][2] < measured[20][2] + 50, measured
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
