@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + (e.signum or signal.SIGTERM)
     except RuntimeError as e:
         if lost := lost_process(e):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one dead worker is enough to hear of
             say(f"stopped: {lost}: {str(e).splitlines()[0]}")
             return 1
         raise

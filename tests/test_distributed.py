@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -99,6 +100,18 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(data: Path, tmp_p
         results.append((figures, json.loads((out / "results.json").read_text())))
     assert results[0] == results[1] == results[2]
     assert len({d["image_id"] for d in results[0][1]}) == 7
+
+
+def test_processes_meet_without_torchrun(data: Path, tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    args = arguments(data, tmp_path / "out", 2, "--world_size", "2", "--dist_url", url)
+    commands = [[sys.executable, "main.py", *args, "--rank", str(rank)] for rank in range(2)]
+    processes = [subprocess.Popen(command) for command in commands]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [line["epoch"] for line in read_log(tmp_path / "out")] == [0]
+    assert len(read_checkpoint(tmp_path / "out" / "checkpoint.pth")["rng"]) == 2
 
 
 @pytest.mark.parametrize(("size", "processes"), [(10, 1), (10, 2), (11, 3), (3, 4)])

@@ -1,0 +1,52 @@
+"""What a checkpoint costs: `python benchmarks/bench_checkpoint.py` prints seconds and bytes.
+
+Builds a published model with AdamW's state as after a step, writes its checkpoint several times, on
+the file system of --directory, and reads it back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from datasets.coco import ClassMap
+from trainer import Run
+from util.checkpoint import read_checkpoint, save_checkpoint
+from util.config import load_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("bench_checkpoint.py", description="Cost of a checkpoint.")
+    parser.add_argument("-c", "--config", default="configs/dino_4scale_r50.py", metavar="FILE")
+    parser.add_argument("--directory", default=".", metavar="DIR", help="file system to write to")
+    parser.add_argument("--repetitions", type=int, default=5, metavar="N")
+    args = parser.parse_args()
+    class_map = ClassMap.identity([{"id": i} for i in range(91)], 91)
+    run = Run(load_config(args.config), torch.device("cpu"), class_map)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    run.optimizer.step()
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        path, times = Path(directory) / "checkpoint.pth", {"save": [], "read": []}
+        for _ in range(args.repetitions):
+            begun = time.perf_counter()
+            save_checkpoint(path, run.state_dict(), keep=2)
+            saved = time.perf_counter()
+            read_checkpoint(path)
+            times["save"].append(saved - begun)
+            times["read"].append(time.perf_counter() - saved)
+        size = path.stat().st_size
+    for name, seconds in times.items():
+        print(f"{name}: {statistics.median(seconds):.2f} s (median of {args.repetitions})")
+    print(f"size: {size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
