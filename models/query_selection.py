@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from util.errors import UserError
+
 from .deformable_transformer import Tokens
 
 
@@ -62,10 +64,10 @@ def select_queries(
 ) -> Selection:
     """The `num_queries` tokens of memory (B, S, D) with the best `score` of their logits.
 
-    Raises ValueError where an image has fewer tokens.
+    UserError where an image has fewer tokens.
     """
     if memory.shape[1] < num_queries:
-        raise ValueError(
+        raise UserError(
             f"num_queries: {num_queries} queries cannot be selected among the {memory.shape[1]} "
             "tokens of the images; use fewer queries or larger images"
         )

@@ -111,7 +111,7 @@ def test_a_killed_data_worker_ends_the_run(toy: Path, tmp_path: Path):
         for line in process.stdout:
             if line.startswith("epoch 0: loss"):
                 children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-                for child in map(int, children.split()):
+                for child in map(int, children.split()):  # one in training, one in evaluation
                     os.kill(child, signal.SIGKILL)
                 break
         error = process.communicate(timeout=60)[1]

@@ -291,6 +291,12 @@ def fails_with(capsys, args: list[str], *parts: str) -> None:
         assert part in error
 
 
+def test_more_queries_than_tokens(toy: Path, tmp_path: Path, capsys):
+    args = ["-c", "configs/toy/dino.py", "--coco_path", str(toy), "--output_dir", str(tmp_path)]
+    sizes = ["--data_aug_scales", "48", "--data_aug_max_size", "64", "--num_queries", "900"]
+    fails_with(capsys, [*args, *sizes], "num_queries: 900 queries cannot be selected among the")
+
+
 def test_missing_data(small: list[str], tmp_path: Path, capsys):
     fails_with(capsys, [*small, "--coco_path", "absent"], "absent/annotations/instances_train")
     empty = tmp_path / "empty"
