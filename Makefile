@@ -10,7 +10,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= dino
-PROCESSES ?= 2
 DATA := outputs/toy_coco
 OUT := outputs/demo
 CPU_OP := ops/libms_deform_attn_cpu.so
@@ -38,8 +37,7 @@ $(DATA)/annotations/instances_val2017.json: | $(VENV)/.installed
 	$(BIN)/python -m datasets.toy --root $(DATA) --num_val 200
 
 demo: $(DATA)/annotations/instances_val2017.json $(CPU_OP)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) \
-		main.py -c configs/toy/$(MODEL).py --coco_path $(DATA) --output_dir $(OUT)
+	$(BIN)/python main.py -c configs/toy/$(MODEL).py --coco_path $(DATA) --output_dir $(OUT)
 	$(BIN)/python inference.py --resume $(OUT)/checkpoint.pth --coco_path $(DATA) --threshold 0.3 \
 		--output_dir $(OUT)/pictures
 	$(BIN)/python -m util.visualize $(OUT)/log.txt --output $(OUT)/training.png

@@ -2,21 +2,19 @@
 
     python tools/zoo.py --coco_path outputs/toy_coco --output_dir outputs/zoo
 
-in two processes each. `make zoo` draws the data set first. A run that was stopped goes on.
+`make zoo` draws the data set first. A run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 HEAD = ("model", "config", "M parameters", "AP", "AP50", "minutes", "images/s")
 
 
@@ -48,8 +46,7 @@ def main() -> int:
         out = Path(args.output_dir).resolve() / name
         config = ["-c", str(ROOT / f"configs/toy/{name}.py"), "--resume", "auto"]
         paths = ["--coco_path", str(Path(args.coco_path).resolve()), "--output_dir", str(out)]
-        command = [*LAUNCH, str(ROOT / "main.py"), *config, *paths]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.run([sys.executable, str(ROOT / "main.py"), *config, *paths], check=True)
         rows.append(row(name, [json.loads(line) for line in (out / "log.txt").open()]))
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
     (Path(args.output_dir) / "table.md").write_text(table)

@@ -1,7 +1,6 @@
 """What the toy models share: small images, and a small model that learns from random weights.
 
-The class term is heavier, as six shapes take longer to tell apart than to find. The rates are for
-two processes, eight images a step.
+The class term is heavier, as six shapes take longer to tell apart than to find.
 """
 
 backbone = "timm/test_resnet"
@@ -14,15 +13,13 @@ dim_feedforward = 256
 num_queries = 40
 num_select = 100
 cls_loss_coef = 10
-bbox_loss_coef = 15
-giou_loss_coef = 6
 
-data_aug_scales = [112, 128]
+data_aug_scales = [96, 112, 128]
 data_aug_max_size = 128
 data_aug_scales2_crop = []
 num_workers = 0  # such images take a millisecond each; a worker would only take a core away
 
 batch_size = 4
-lr = 8e-4
-lr_backbone = 8e-4
+lr = 6e-4
+lr_backbone = 6e-4
 onecyclelr = True
