@@ -109,7 +109,7 @@ def test_processes_meet_without_torchrun(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 2, "--world_size", "2", "--dist_url", url)
     commands = [[sys.executable, "main.py", *args, "--rank", str(rank)] for rank in range(2)]
     processes = [subprocess.Popen(command) for command in commands]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert [line["epoch"] for line in read_log(tmp_path / "out")] == [0]
     assert len(read_checkpoint(tmp_path / "out" / "checkpoint.pth")["rng"]) == 2
 
@@ -145,7 +145,7 @@ def test_signal_saves_and_the_run_goes_on(data: Path, tmp_path: Path):
                 time.sleep(0.2)
                 process.send_signal(signal.SIGTERM)
                 break
-        printed = process.communicate(timeout=60)[0]
+        printed = process.communicate(timeout=300)[0]
     assert process.returncode != 0
     assert "stopped by SIGTERM; --resume auto goes on" in printed
     state = read_checkpoint(tmp_path / "stopped" / "checkpoint.pth")
@@ -171,20 +171,20 @@ def test_a_killed_process_ends_the_others(data: Path, tmp_path: Path):
                 children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
                 os.kill(int(children.split()[-1]), signal.SIGKILL)
                 break
-        printed = process.communicate(timeout=60)[0]
+        printed = process.communicate(timeout=300)[0]
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in printed  # torchrun's last words name the cause
 
 
 def test_a_process_that_hangs_ends_the_others(data: Path, tmp_path: Path):
-    args = arguments(data, tmp_path / "out", 1, "--epochs", "100", "--dist_timeout", "0.1")
+    args = arguments(data, tmp_path / "out", 1, "--epochs", "100", "--dist_timeout", "0.3")
     with launch(2, args) as process:
         for line in process.stdout:
             if line.startswith("epoch 0: loss"):
                 children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
                 os.kill(int(children.split()[-1]), signal.SIGSTOP)
                 break
-        printed = process.communicate(timeout=120)[0]
+        printed = process.communicate(timeout=300)[0]
     assert process.returncode != 0
     assert "waits in vain for another, which is gone or hangs" in printed
 
@@ -196,7 +196,7 @@ def test_second_run_on_one_directory_is_refused(data: Path, tmp_path: Path):
             if line.startswith("epoch 0: loss"):
                 break
         with launch(2, args) as second:
-            printed = second.communicate(timeout=60)[0]
+            printed = second.communicate(timeout=300)[0]
         first.kill()
         first.stdout.close()
     assert second.returncode != 0

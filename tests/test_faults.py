@@ -66,7 +66,7 @@ def test_vanished_directory(toy: Path, tmp_path: Path):
             if line.startswith("epoch 0: loss"):
                 shutil.rmtree(out)
                 break
-        error = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=300)[1]
     assert process.returncode == 2
     assert str(out) in error.splitlines()[-1]
     assert "No such file or directory" in error.splitlines()[-1]
@@ -114,7 +114,7 @@ def test_a_killed_data_worker_ends_the_run(toy: Path, tmp_path: Path):
                 for child in map(int, children.split()):  # one in training, one in evaluation
                     os.kill(child, signal.SIGKILL)
                 break
-        error = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=300)[1]
     assert process.returncode == 1
     last = error.splitlines()[-1]
     assert last.startswith("main.py: stopped: a data-loading process is gone: DataLoader worker")

@@ -65,12 +65,12 @@ def test_job_that_is_preempted_and_timed_out_is_one_unbroken_run(
         return re.search(r"JobState=(\w+)", show.stdout)[1]
 
     for done, stop in enumerate((["scontrol", "requeue"], ["scancel", "--signal=USR2"]), start=1):
-        wait_for(lambda done=done: epochs() >= done, 120, job)
+        wait_for(lambda done=done: epochs() >= done, 300, job)
         subprocess.run([*stop, number], check=True)
-        wait_for(lambda: state() == "PENDING", 60, job)
+        wait_for(lambda: state() == "PENDING", 300, job)
         # Slurm has a requeued job wait for two minutes.
         subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], check=True)
-    wait_for(lambda: state() == "COMPLETED", 180, job)
+    wait_for(lambda: state() == "COMPLETED", 300, job)
 
     printed = "".join(path.read_text() for path in job.glob("*_log.*"))
     assert "SIGUSR2" in printed and "requeu" in printed.lower()
