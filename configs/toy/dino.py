@@ -5,4 +5,4 @@ _base_ = ["../dino_4scale_r50.py", "base.py"]
 num_feature_levels = 3
 enc_layers = 4
 dn_number = 50  # 100 denoising queries in all
-epochs = 9
+epochs = 8
