@@ -27,10 +27,10 @@ SIGNAL_DELAY = 120  # seconds before the end of its time at which a job is told
 
 
 class Job:
-    """What every task runs: main.py with these arguments."""
+    """What every task runs: main.py with these arguments, by default into the job's directory."""
 
-    def __init__(self, argv: Sequence[str]):
-        self.argv = list(argv)
+    def __init__(self, argv: Sequence[str], output_dir: str):
+        self.argv, self.output_dir = list(argv), output_dir
 
     def __call__(self) -> None:
         """Exits with main.py's status; Slurm ends the other tasks with one that fails."""
@@ -46,12 +46,10 @@ class Job:
         sys.path.insert(0, ROOT)
         from main import main
 
-        argv = self.argv
-        if "--output_dir" not in argv:
-            argv = [*argv, "--output_dir", str(task.paths.folder)]
-        output_dir = Path(argv[argv.index("--output_dir") + 1])
+        output_dir = Path(self.output_dir or task.paths.folder)
+        argv = [*self.argv, "--output_dir", str(output_dir)]
         if any(output_dir.glob("checkpoint*.pth")):  # the job has run before
-            argv = [*argv, "--resume", "auto"]
+            argv += ["--resume", "auto"]
         status = main(argv)
         if status == 128 + signal.SIGUSR2:
             time.sleep(SIGNAL_DELAY)  # the first task is requeueing the job, which ends this one
@@ -84,7 +82,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def submit(args: argparse.Namespace, argv: Sequence[str]) -> submitit.Job:
+def submit(args: argparse.Namespace, function: Job) -> submitit.Job:
     """Put the job into the queue; UserError if Slurm refuses it."""
     tasks = args.ngpus or args.ntasks_per_node or 1
     cluster = "local" if args.local else "slurm"
@@ -107,7 +105,7 @@ def submit(args: argparse.Namespace, argv: Sequence[str]) -> submitit.Job:
         },
     )
     try:
-        return executor.submit(Job(argv))
+        return executor.submit(function)
     except (submitit.core.utils.FailedJobError, FileNotFoundError) as e:
         raise UserError(f"the job was not taken: {str(e).strip().splitlines()[-1]}") from e
 
@@ -116,8 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0; 2 for a mistake of the user, main.py's options included."""
     try:
         args, rest = build_parser().parse_known_args(argv)
-        parse_command_line(rest)
-        job = submit(args, rest)
+        job = submit(args, Job(rest, parse_command_line(rest).output_dir))
     except UserError as e:
         print(f"run_with_submitit.py: error: {e}", file=sys.stderr)
         return 2

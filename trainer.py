@@ -92,9 +92,10 @@ def claimed(output_dir: Path | None) -> Iterator[None]:
                 ) from None
             except OSError as e:  # some network file systems know no locks
                 logger.warning("%s cannot be locked (%s): see to it", output_dir, e.strerror)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk, which saving will speak of
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
 
         if output_dir:
             by_first(claim)
@@ -319,13 +320,10 @@ class Run:
             with stop.obeyed_at_once() if cfg.output_dir else contextlib.nullcontext():
                 stats = self.evaluate(val_loader)
             seconds = self.seconds + time.monotonic() - start
-            if log:
-                log.write(
-                    {f"train_{k}": v for k, v in self.trained.items()}
-                    | stats
-                    | {"epoch": epoch, "n_parameters": trained}
-                    | {"epoch_time": str(timedelta(seconds=int(seconds)))}
-                )
+            line = {f"train_{k}": v for k, v in self.trained.items()} | stats
+            line |= {"epoch": epoch, "n_parameters": trained}
+            line |= {"epoch_time": str(timedelta(seconds=int(seconds)))}
+            by_first(lambda line=line: log and log.write(line))
             done, self.trained, self.seconds = self.trained, None, 0.0
             ap = stats.get("ema_test_coco_eval_bbox", stats["test_coco_eval_bbox"])[0]
             is_best, self.best_ap = ap > self.best_ap, max(ap, self.best_ap)

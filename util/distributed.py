@@ -107,7 +107,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if not name and not torch.cuda.is_available():
         return torch.device("cpu")
     if name in ("", "cuda"):
-        name = f"cuda:{local_rank}"
+        name = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"  # Slurm may show one each
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -16,6 +16,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from .errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -130,8 +132,12 @@ class RunLog:
         self.writer = SummaryWriter(str(output_dir), purge_step=first_epoch)
 
     def write(self, stats: dict) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(stats) + "\n")
+        """UserError where the file system refuses."""
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(stats) + "\n")
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot be written: {e.strerror}") from e
         for name, value in stats.items():
             if isinstance(value, list) and value:  # COCO's figures, AP and AP50 first
                 self.writer.add_scalar(f"{name}/AP", value[0], stats["epoch"])
