@@ -184,7 +184,7 @@ def test_best_tokens_are_selected_and_padding_never_among_enough_others():
         expected = scores[image].sort(descending=True).indices[:5]
         assert selection.index[image].tolist() == expected.tolist()
     torch.testing.assert_close(selection.anchors, selection.of_selected(selection.boxes))
-    with pytest.raises(ValueError, match="num_queries: 61"):
+    with pytest.raises(UserError, match="num_queries: 61"):
         select_queries(memory, tokens, torch.nn.Identity(), class_head, box_head, 61, best)
 
 
