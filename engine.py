@@ -216,6 +216,6 @@ def evaluate(
     averages.join(gather(averages))
     stats = averages.means() | {"images_per_second": progress.images_per_second}
     if matching:
-        matching.join(gather(matching))
+        matching.join(gather(matching.found))
         stats |= matching.summary()
     return stats | {"coco_eval_bbox": evaluator.summarize()} if annotated else stats

@@ -23,6 +23,7 @@ from util.config import Parser, parse_command_line
 from util.errors import UserError
 
 ROOT = str(Path(__file__).resolve().parent)
+SLURM_OPTIONS = ("partition", "comment", "qos", "account", "constraint")  # passed on as they are
 SIGNAL_DELAY = 120  # seconds before the end of its time at which a job is told
 
 
@@ -74,7 +75,7 @@ def build_parser() -> Parser:
     add("--timeout", type=int, default=60, metavar="MINUTES", help="time until it requeues (60)")
     add("--job_dir", default="outputs/%j", metavar="DIR", help="logs and checkpoints; %%j: the id")
     add("--job_name", default="dn_dino", metavar="NAME", help="name in the queue (dn_dino)")
-    for name in ("partition", "comment", "qos", "account", "constraint"):
+    for name in SLURM_OPTIONS:
         add(f"--{name}", metavar="TEXT", help=f"Slurm's --{name}")
     add("--cpus_per_task", type=int, default=10, metavar="N", help="CPUs of a task (10)")
     add("--mem_gb", type=int, metavar="N", help="memory of a node; by default 40 GB a task")
@@ -100,7 +101,7 @@ def submit(args: argparse.Namespace, function: Job) -> submitit.Job:
         slurm_additional_parameters={"requeue": True, "open-mode": "append"},
         **{
             f"slurm_{name}": getattr(args, name)
-            for name in ("partition", "comment", "qos", "account", "constraint")
+            for name in SLURM_OPTIONS
             if getattr(args, name) is not None
         },
     )

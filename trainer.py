@@ -390,8 +390,7 @@ def check_queries(dataset: CocoDetection, cfg: Config) -> None:
 
 def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
     """Train from the beginning or from a checkpoint, evaluating after every epoch."""
-    output_dir = Path(cfg.output_dir) if cfg.output_dir else None
-    by_first(lambda: prepare_output_dir(cfg) and None)
+    output_dir = by_first(lambda: prepare_output_dir(cfg))
     with claimed(output_dir), StopRequest() as stop:
         checkpoint = read_resume(cfg)
         train_set = build_dataset(cfg, "train", class_map_of(checkpoint))
@@ -408,7 +407,7 @@ def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
         run = Run(cfg, device, class_map, len(train_loader) // cfg.accumulate)
         run.begin(checkpoint)
         del checkpoint
-        by_first(lambda: prepare_output_dir(cfg, argv) and None)
+        by_first(lambda: prepare_output_dir(cfg, argv))
         if output_dir is None:
             logger.warning("nothing of this run will be kept: there is no --output_dir")
         run.train(train_loader, val_loader, stop)
@@ -419,8 +418,7 @@ def evaluate_only(cfg: Config, device: torch.device) -> None:
     checkpoint = read_resume(cfg)
     if checkpoint is None:
         raise UserError("resume: --eval and --test need the checkpoint to evaluate, --resume FILE")
-    by_first(lambda: prepare_output_dir(cfg) and None)
-    output_dir = Path(cfg.output_dir) if cfg.output_dir else None
+    output_dir = by_first(lambda: prepare_output_dir(cfg))
     if cfg.test and output_dir is None:
         raise UserError("output_dir: --test writes its detections there")
     split = "test" if cfg.test else "val"

@@ -100,11 +100,16 @@ class MatchingLog:
             objects.scatter_(1, query.cpu() % objects.shape[1], numbers)  # -1: the spare column
             self.matches[int(target["image_id"])] = objects[:, :-1]
 
-    def join(self, others: Sequence[MatchingLog]) -> None:
-        """Take over what several logs, of other processes, hold together."""
-        self.matches = {k: v for other in others for k, v in other.matches.items()}
-        self.distance = sum(other.distance for other in others)
-        self.num_matched = sum(other.num_matched for other in others)
+    @property
+    def found(self) -> tuple[dict[int, Tensor], Tensor | float, int]:
+        """What `join` takes from a process: matches, sum and number of distances."""
+        return self.matches, self.distance, self.num_matched
+
+    def join(self, parts: Sequence[tuple]) -> None:
+        """Take over what the logs of several processes have `found`."""
+        matches, distances, numbers = zip(*parts, strict=True)
+        self.matches = {k: v for part in matches for k, v in part.items()}
+        self.distance, self.num_matched = sum(distances), sum(numbers)
 
     def summary(self) -> dict[str, float]:
         """Means by decoder layer, named as the losses are: `anchor_distance`, L1 in fractions of

@@ -1,5 +1,6 @@
 """What several test files share: a small toy data set and the command line of a small model."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,16 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(toy: Path, tmp_path: Path) -> list[str]:
     """Command line of a model that trains in seconds on `toy`, into tmp_path / "out"."""
     return [*SMALL, "--coco_path", str(toy), "--output_dir", str(tmp_path / "out")]
+
+
+def wait_for_first_epoch(process: subprocess.Popen) -> None:
+    """Reads what a run prints until its first epoch is done."""
+    for line in process.stdout:
+        if line.startswith("epoch 0: loss"):
+            return
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    return [
+        int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]

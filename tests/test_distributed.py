@@ -16,7 +16,7 @@ from PIL import Image
 
 from datasets.loader import EpochBatches
 from datasets.toy import make_toy_coco
-from tests.conftest import SMALL
+from tests.conftest import SMALL, children_of, wait_for_first_epoch
 from tests.test_main import assert_same_state, read_log
 from util.checkpoint import read_checkpoint
 
@@ -140,11 +140,9 @@ def test_signal_saves_and_the_run_goes_on(data: Path, tmp_path: Path):
     run(2, arguments(data, tmp_path / "whole", 1, *args))
     stopped = arguments(data, tmp_path / "stopped", 1, *args, "--resume", "auto")
     with launch(2, stopped) as process:
-        for line in process.stdout:
-            if line.startswith("epoch 0: loss"):
-                time.sleep(0.2)
-                process.send_signal(signal.SIGTERM)
-                break
+        wait_for_first_epoch(process)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
         printed = process.communicate(timeout=300)[0]
     assert process.returncode != 0
     assert "stopped by SIGTERM; --resume auto goes on" in printed
@@ -166,11 +164,8 @@ def test_signal_saves_and_the_run_goes_on(data: Path, tmp_path: Path):
 def test_a_killed_process_ends_the_others(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 1, "--epochs", "100")
     with launch(2, args) as process:
-        for line in process.stdout:
-            if line.startswith("epoch 0: loss"):
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-                os.kill(int(children.split()[-1]), signal.SIGKILL)
-                break
+        wait_for_first_epoch(process)
+        os.kill(children_of(process)[-1], signal.SIGKILL)
         printed = process.communicate(timeout=300)[0]
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in printed  # torchrun's last words name the cause
@@ -179,11 +174,8 @@ def test_a_killed_process_ends_the_others(data: Path, tmp_path: Path):
 def test_a_process_that_hangs_ends_the_others(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 1, "--epochs", "100", "--dist_timeout", "0.3")
     with launch(2, args) as process:
-        for line in process.stdout:
-            if line.startswith("epoch 0: loss"):
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-                os.kill(int(children.split()[-1]), signal.SIGSTOP)
-                break
+        wait_for_first_epoch(process)
+        os.kill(children_of(process)[-1], signal.SIGSTOP)
         printed = process.communicate(timeout=300)[0]
     assert process.returncode != 0
     assert "waits in vain for another, which is gone or hangs" in printed
@@ -192,9 +184,7 @@ def test_a_process_that_hangs_ends_the_others(data: Path, tmp_path: Path):
 def test_second_run_on_one_directory_is_refused(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 1, "--epochs", "100")
     with launch(1, args) as first:
-        for line in first.stdout:
-            if line.startswith("epoch 0: loss"):
-                break
+        wait_for_first_epoch(first)
         with launch(2, args) as second:
             printed = second.communicate(timeout=300)[0]
         first.kill()

@@ -13,7 +13,7 @@ import pytest
 
 from datasets.toy import make_toy_coco
 from main import main
-from tests.conftest import SMALL
+from tests.conftest import SMALL, children_of, wait_for_first_epoch
 from tests.test_main import read_log
 from tools import fault_test
 from util.checkpoint import read_checkpoint
@@ -62,10 +62,8 @@ def test_vanished_directory(toy: Path, tmp_path: Path):
     command = [sys.executable, "main.py", *arguments(toy, out, "--epochs", "50")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
-        for line in process.stdout:
-            if line.startswith("epoch 0: loss"):
-                shutil.rmtree(out)
-                break
+        wait_for_first_epoch(process)
+        shutil.rmtree(out)
         error = process.communicate(timeout=300)[1]
     assert process.returncode == 2
     assert str(out) in error.splitlines()[-1]
@@ -108,12 +106,9 @@ def test_a_killed_data_worker_ends_the_run(toy: Path, tmp_path: Path):
     args = arguments(toy, tmp_path / "out", "--epochs", "100", "--num_workers", "1")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "main.py", *args], **pipes) as process:
-        for line in process.stdout:
-            if line.startswith("epoch 0: loss"):
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-                for child in map(int, children.split()):  # one in training, one in evaluation
-                    os.kill(child, signal.SIGKILL)
-                break
+        wait_for_first_epoch(process)
+        for child in children_of(process):  # one in training, one in evaluation
+            os.kill(child, signal.SIGKILL)
         error = process.communicate(timeout=300)[1]
     assert process.returncode == 1
     last = error.splitlines()[-1]

@@ -11,7 +11,6 @@ import argparse
 import json
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,8 +19,8 @@ HEAD = ("model", "config", "M parameters", "AP", "AP50", "minutes", "images/s")
 
 def minutes(epoch_time: str) -> float:
     """Of log.txt's h:mm:ss."""
-    hours, minutes, seconds = map(int, epoch_time.split(":"))
-    return timedelta(hours=hours, minutes=minutes, seconds=seconds) / timedelta(minutes=1)
+    hours, whole, seconds = map(int, epoch_time.split(":"))
+    return 60 * hours + whole + seconds / 60
 
 
 def row(name: str, lines: list[dict]) -> list[str]:

@@ -29,9 +29,8 @@ logger = logging.getLogger(__name__)
 NAMES_SHOWN = 20
 STEP_COUNTER = "num_batches_tracked"  # of BatchNorm: a frozen one has none, an old file neither
 ZIP_HEAD, PICKLE_HEAD = b"PK\x03\x04", b"\x80"  # torch.save's format, and its format before 1.6
-CANDIDATE = re.compile(
-    r"checkpoint(\d{4,}|_previous_\d+)?\.pth"
-)  # not checkpoint_best*, not *_nonfinite
+# What a run can be taken up from: not checkpoint_best*, not *_nonfinite.
+CANDIDATE = re.compile(r"checkpoint(\d{4,}|_previous_\d+)?\.pth")
 
 # Pretrained backbones, as their authors name the files.
 RELEASED_FILES = {
