@@ -6,4 +6,4 @@ num_feature_levels = 3
 num_patterns = 0
 enc_layers = 4
 dn_label_noise_ratio = 0.5
-epochs = 4
+epochs = 6
