@@ -45,7 +45,9 @@ def main() -> int:
         out = Path(args.output_dir).resolve() / name
         config = ["-c", str(ROOT / f"configs/toy/{name}.py"), "--resume", "auto"]
         paths = ["--coco_path", str(Path(args.coco_path).resolve()), "--output_dir", str(out)]
-        subprocess.run([sys.executable, str(ROOT / "main.py"), *config, *paths], check=True)
+        command = [sys.executable, str(ROOT / "main.py"), *config, *paths]
+        if status := subprocess.run(command).returncode:
+            return status  # it has said why
         rows.append(row(name, [json.loads(line) for line in (out / "log.txt").open()]))
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
     (Path(args.output_dir) / "table.md").write_text(table)
