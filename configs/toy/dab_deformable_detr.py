@@ -3,5 +3,3 @@
 _base_ = ["../dab_deformable_detr_r50.py", "base.py"]
 
 num_feature_levels = 3
-enc_layers = 4
-epochs = 6

@@ -3,6 +3,4 @@
 _base_ = ["../dn_dab_deformable_detr_r50.py", "base.py"]
 
 num_feature_levels = 3
-enc_layers = 4
 dn_label_noise_ratio = 0.5
-epochs = 6

@@ -4,6 +4,4 @@ _base_ = ["../dn_dab_deformable_detr_deformable_encoder_only_r50_3pat.py", "base
 
 num_feature_levels = 3
 num_patterns = 0
-enc_layers = 4
 dn_label_noise_ratio = 0.5
-epochs = 6
