@@ -29,10 +29,13 @@ def small(toy: Path, tmp_path: Path) -> list[str]:
 
 
 def wait_for_first_epoch(process: subprocess.Popen) -> None:
-    """Reads what a run prints until its first epoch is done."""
+    """Reads what a run prints until its first epoch is done; fails if it ends before."""
+    printed = []
     for line in process.stdout:
         if line.startswith("epoch 0: loss"):
             return
+        printed.append(line)
+    pytest.fail("the run ended before its first epoch was done:\n" + "".join(printed))
 
 
 def children_of(process: subprocess.Popen) -> list[int]:
