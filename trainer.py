@@ -215,8 +215,8 @@ class Run:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as e:
             raise UserError(
-                f"resume: {self.source} has other parameter groups; go on with its "
-                "own lr, lr_backbone, weight_decay, param_dict_type and pretrained_backbone"
+                f"resume: {self.source} has other parameter groups; go on with its own "
+                "optimizer, lr, lr_backbone, weight_decay, param_dict_type and pretrained_backbone"
             ) from e
         schedule, wanted = checkpoint["lr_scheduler"], getattr(self.scheduler, "total_steps", None)
         if schedule.get("total_steps") != wanted:

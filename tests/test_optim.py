@@ -85,3 +85,32 @@ def test_one_cycle_keeps_the_ratio_of_the_groups():
     assert rest.max() == pytest.approx(1e-4)
     assert 18 <= rest.argmax() <= 20
     assert rest[-1] < 1e-6
+
+
+def test_muon_steps_are_orthogonal_between_hidden_layers_only():
+    model = nn.ModuleDict({name: nn.Linear(16, 16) for name in ("linear1", "class_embed")})
+    cfg = load_config(None, {"optimizer": "muon", "lr": 1e-2, "weight_decay": 0})
+    optimizer = build_optimizer(model, cfg)
+    spread = torch.logspace(0, -1, 16)  # of the gradients' singular values
+    steps = {}
+    for name, layer in model.items():
+        layer.weight.grad = torch.linalg.qr(torch.randn(16, 16))[0] * spread
+        layer.bias.grad = torch.randn(16)
+        steps[name] = layer.weight.detach().clone()
+    optimizer.step()
+    steps = {name: before - model[name].weight.detach() for name, before in steps.items()}
+    values = torch.linalg.svdvals(steps["linear1"])
+    assert values.max() / values.min() < 4  # of the gradient: 10
+    assert values.mean() == pytest.approx(3e-2 * 0.2 * 16**0.5, rel=0.3)
+    adamw = 1e-2 * model["class_embed"].weight.grad.sign()  # its first step
+    torch.testing.assert_close(steps["class_embed"], adamw, rtol=1e-3, atol=0)
+
+
+def test_muon_groups_keep_their_rates():
+    model = Tiny()
+    cfg = load_config(None, {"optimizer": "muon", "param_dict_type": "ddetr_in_mmdet"})
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, cfg)
+    hidden = {names[id(p)]: g["lr"] for g in groups if g["hidden"] for p in g["params"]}
+    assert hidden == {"backbone.0.weight": pytest.approx(3e-5)}
+    assert len({(g["lr"], g["weight_decay"], g["hidden"]) for g in groups}) == len(groups)

@@ -228,6 +228,12 @@ class TrainingOptions:
     epochs: int = option(50, "epochs", low=1)
     batch_size: int = option(2, "images a process and step", low=1)
     accumulate: int = option(1, "batches of every process that make one step", low=1)
+    optimizer: str = option(
+        "adamw",
+        "adamw, as published; muon (Jordan 2024), for the matrices between hidden layers, learns "
+        "faster from random weights",
+        choices=["adamw", "muon"],
+    )
     lr: float = option(1e-4, "learning rate", low=0)
     lr_backbone: float = option(1e-5, "learning rate of the backbone; 0 freezes it", low=0)
     lr_linear_proj_mult: float = option(

@@ -21,7 +21,8 @@ data_aug_scales2_crop = []
 num_workers = 0  # such images take a millisecond each; a worker would only take a core away
 
 batch_size = 4
+optimizer = "muon"
 lr = 6e-4
 lr_backbone = 6e-4
 onecyclelr = True
-epochs = 6
+epochs = 4

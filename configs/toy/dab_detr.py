@@ -7,4 +7,4 @@ return_interm_indices = [2]  # stride 16
 enc_layers = 1
 pe_temperatureH = 2
 pe_temperatureW = 2
-epochs = 8
+epochs = 6

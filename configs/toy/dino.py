@@ -4,4 +4,4 @@ _base_ = ["../dino_4scale_r50.py", "base.py"]
 
 num_feature_levels = 3
 dn_number = 50  # 100 denoising queries in all
-epochs = 8
+epochs = 6
