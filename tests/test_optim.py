@@ -16,6 +16,7 @@ class Tiny(nn.Module):
         self.backbone = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)])
         self.sampling_offsets = nn.Linear(4, 4)
         self.norm = nn.LayerNorm(4)
+        self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
 
 
@@ -94,7 +95,7 @@ def test_muon_steps_are_orthogonal_between_hidden_layers_only():
     spread = torch.logspace(0, -1, 16)  # of the gradients' singular values
     steps = {}
     for name, layer in model.items():
-        layer.weight.grad = torch.linalg.qr(torch.randn(16, 16))[0] * spread
+        layer.weight.grad = (torch.linalg.qr(torch.randn(16, 16))[0] * spread).contiguous()
         layer.bias.grad = torch.randn(16)
         steps[name] = layer.weight.detach().clone()
     optimizer.step()

@@ -42,6 +42,10 @@ class Muon(torch.optim.AdamW):
     one shape are done at once.
     """
 
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups, fused=True)
+        self._step_supports_amp_scaling = False  # unscaling would reach AdamW's part alone
+
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
         groups = self.param_groups
@@ -55,20 +59,21 @@ class Muon(torch.optim.AdamW):
             for p in group["params"] if group["hidden"] else ():
                 if p.grad is not None:
                     by_shape.setdefault(p.flatten(1).shape, []).append(p)
-            for shape, params in by_shape.items():
-                self.step_together(params, 0.2 * max(shape) ** 0.5, group)
+            for params in by_shape.values():
+                self.step_together(params, group["lr"], group["weight_decay"])
         return loss
 
-    def step_together(self, params: list[nn.Parameter], length: float, group: dict) -> None:
+    def step_together(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         for p in params:
             if not self.state[p]:  # AdamW, when it loads a state, looks for a step in it
                 self.state[p].update(momentum=torch.zeros_like(p), step=torch.zeros(()))
         momenta = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(momenta, [p.grad for p in params], 1 - MUON_MOMENTUM)
         steps = orthogonal(torch.stack([m.flatten(1) for m in momenta]))
+        length = 0.2 * max(steps.shape[1:]) ** 0.5
         steps = [step.view_as(p) for step, p in zip(steps, params, strict=True)]
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, steps, alpha=-group["lr"] * length)
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_add_(params, steps, alpha=-lr * length)
 
 
 def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
@@ -89,7 +94,8 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
             lr = cfg.lr * cfg.lr_linear_proj_mult
         if cfg.param_dict_type == "large_wd" and parameter.ndim <= 1:
             decay = 0.0
-        if cfg.optimizer == "muon" and parameter.ndim > 1 and not NOT_HIDDEN.search(name):
+        matrix = parameter.ndim > 1 and 1 not in parameter.shape[:2]  # not a depthwise convolution
+        if cfg.optimizer == "muon" and matrix and not NOT_HIDDEN.search(name):
             return MUON_RATE * lr, decay, True
         return lr, decay, False
 
