@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import timm
+import torch
 import torch.nn.functional as F
 import torchvision
-from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.layers import Format, PatchEmbed, convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
+from util.errors import UserError
 from util.nested_tensor import NestedTensor
 
 NORMS = {
@@ -45,13 +51,7 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         if name.startswith(TIMM):
-            body = timm.create_model(
-                name.removeprefix(TIMM),
-                pretrained=False,
-                features_only=True,
-                out_indices=[level - 5 for level in levels],
-                **({"output_stride": 16} if dilation else {}),
-            )
+            body = timm_features(name.removeprefix(TIMM), levels, dilation)
             self.num_channels = body.feature_info.channels()
             self.body = TIMM_NORMS[norm](body)
         else:
@@ -73,9 +73,60 @@ class Backbone(nn.Module):
 
     def forward(self, images: NestedTensor) -> list[NestedTensor]:
         """Images (B, 3, H, W) -> a feature map (B, C, H / stride, W / stride) and mask a level."""
-        features = self.body(images.tensors)
-        features = features.values() if isinstance(features, dict) else features
+        if isinstance(self.body, IntermediateLayerGetter):
+            features = self.body(images.tensors).values()
+        else:
+            features = run_timm(self.body, images.tensors)
         return [NestedTensor(x, resize_mask(images.mask, x)) for x in features]
+
+
+def timm_features(name: str, levels: list[int], dilation: bool) -> nn.Module:
+    """A timm model as the feature maps of its stages, for images of any size.
+
+    Parameters that have no part in the maps do not train. UserError where it has no such maps or
+    no dilation, and where it takes images of one size only.
+    """
+    options = {"features_only": True, "out_indices": [level - 5 for level in levels]}
+    options |= {"output_stride": 16} if dilation else {}
+    try:
+        try:
+            body = timm.create_model(name, **options, dynamic_img_size=True)
+        except TypeError:  # most models take any size without being told
+            body = timm.create_model(name, **options)
+        for module in body.modules():
+            if isinstance(module, PatchEmbed):
+                module.dynamic_img_pad = True
+        with torch.enable_grad():
+            total = sum(x.sum() for x in body.eval()(torch.zeros(1, 3, 96, 160)))
+    except (TypeError, AssertionError, RuntimeError) as e:
+        raise UserError(
+            f"backbone: timm/{name} gives no feature maps for images of any size"
+            f"{' with dilation' if dilation else ''} ({e}); timm/convnext_tiny does, say"
+        ) from e
+    parameters = [p for p in body.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(total, parameters, allow_unused=True)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.requires_grad_(grad is not None)
+    return body.train()
+
+
+def run_timm(body: nn.Module, images: Tensor) -> list[Tensor]:
+    """Images (B, 3, H, W) of any size -> maps (B, C, H / stride, W / stride), rounded up."""
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (0, -width % 32, 0, -height % 32))  # some models want whole strides
+    features = body(padded)
+    if getattr(body, "output_fmt", None) == Format.NHWC:
+        features = [x.permute(0, 3, 1, 2) for x in features]
+    part = height / padded.shape[-2], width / padded.shape[-1]
+    size = lambda x: [math.ceil(p * n) for p, n in zip(part, x.shape[-2:], strict=True)]
+    return [x[..., : size(x)[0], : size(x)[1]] for x in features]
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, twice: bool) -> Tensor:
+    """x through all blocks; with `twice`, what backward needs of them is computed again there."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if twice else block(x)
+    return x
 
 
 def resize_mask(mask: Tensor, like: Tensor) -> Tensor:

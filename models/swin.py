@@ -1,21 +1,20 @@
 """Swin Transformer (Liu et al. 2021) as a backbone, for images of any size.
 
-The attention inside shifted windows and the merging of patches are torchvision's; parameters bear
-the names of the authors' checkpoints, which DINO's released ones keep.
+Its parts are timm's; parameters bear the names of the authors' checkpoints, which DINO's released
+ones keep.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import PatchEmbed
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torchvision.models.swin_transformer import PatchMerging, shifted_window_attention
 
 from util.nested_tensor import NestedTensor
 
-from .backbone import resize_mask
+from .backbone import resize_mask, run_blocks
 
 # Width, blocks of each stage, heads of each stage, window.
 SWINS = {
@@ -27,64 +26,28 @@ SWINS = {
 }
 
 
-class WindowAttention(nn.Module):
-    """Attention inside windows of `window` x `window` pixels, moved by `shift`."""
+class Block(SwinTransformerBlock):
+    """As in released detectors, pads to whole windows before it shifts, and shifts even one."""
 
-    def __init__(self, dim: int, num_heads: int, window: int, shift: int):
-        super().__init__()
-        self.num_heads, self.window, self.shift = num_heads, window, shift
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        reach = 2 * window - 1
-        self.relative_position_bias_table = nn.Parameter(torch.empty(reach**2, num_heads))
-        trunc_normal_(self.relative_position_bias_table, std=0.02)
-        place = torch.cartesian_prod(torch.arange(window), torch.arange(window))
-        offset = place[:, None] - place[None] + window - 1  # (y, x), from 0 to 2 * window - 2
-        self.register_buffer("relative_position_index", offset[..., 0] * reach + offset[..., 1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = self.relative_position_bias_table[self.relative_position_index]
-        return shifted_window_attention(
-            x,
-            self.qkv.weight,
-            self.proj.weight,
-            bias.permute(2, 0, 1)[None],
-            [self.window] * 2,
-            self.num_heads,
-            [self.shift] * 2,
-            qkv_bias=self.qkv.bias,
-            proj_bias=self.proj.bias,
-            training=self.training,
-        )
-
-
-class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, window: int, shift: int, drop_path: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, num_heads, window, shift)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
-        self.drop_path = DropPath(drop_path)
+        super().__init__(
+            dim,
+            (window, window),
+            num_heads,
+            window_size=window,
+            shift_size=shift,
+            always_partition=True,
+            dynamic_mask=True,
+            drop_path=drop_path,
+        )
+        # Released checkpoints hold it, so it has to be saved.
+        self.attn.register_buffer("relative_position_index", self.attn.relative_position_index)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
-
-
-class PatchEmbed(nn.Module):
-    """Patches of 4 x 4 pixels; the image is padded to whole ones."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=4, stride=4)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, H / 4, W / 4, D), rounded up."""
-        height, width = images.shape[-2:]
-        images = F.pad(images, (0, -width % 4, 0, -height % 4))
-        return self.norm(self.proj(images).permute(0, 2, 3, 1))
+    def _attn(self, x: Tensor) -> Tensor:
+        """(B, H, W, D) -> the same; timm would pad after shifting."""
+        (height, width), window = x.shape[1:3], self.window_size[0]
+        x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
+        return super()._attn(x)[:, :height, :width]
 
 
 class Swin(nn.Module):
@@ -98,7 +61,14 @@ class Swin(nn.Module):
         dim, depths, num_heads, window = SWINS[name]
         self.levels, self.use_checkpoint = levels, use_checkpoint
         self.num_channels = [dim * 2 ** (level - 1) for level in levels]
-        self.patch_embed = PatchEmbed(dim)
+        self.patch_embed = PatchEmbed(
+            img_size=None,
+            patch_size=4,
+            embed_dim=dim,
+            norm_layer=nn.LayerNorm,
+            output_fmt="NHWC",
+            dynamic_img_pad=True,
+        )
         rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
         self.layers = nn.ModuleList()
         for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
@@ -119,11 +89,7 @@ class Swin(nn.Module):
         x = self.patch_embed(images.tensors)
         features = []
         for stage, layer in enumerate(self.layers):
-            for block in layer["blocks"]:
-                if self.use_checkpoint and self.training:
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
+            x = run_blocks(layer["blocks"], x, twice=self.use_checkpoint and self.training)
             if stage + 1 in self.levels:
                 feature = self.get_submodule(f"norm{stage}")(x).permute(0, 3, 1, 2)
                 features.append(NestedTensor(feature, resize_mask(images.mask, feature)))

@@ -1,13 +1,17 @@
 """The deformable models and DINO: gradients, query selection, contrastive denoising, backbones."""
 
+import math
+import re
+
 import pytest
+import timm
 import torch
 
-from models import build_model
+from models import build_model, convnext
 from models.deformable_transformer import Tokens
 from models.dn_components import prepare_for_cdn, prepare_for_cdn_of_dn_detr
 from models.query_selection import proposals, select_queries
-from models.swin import Swin
+from models.swin import Block, Swin
 from util.box_ops import box_cxcywh_to_xyxy
 from util.checkpoint import load_backbone
 from util.config import load_config
@@ -259,6 +263,37 @@ def test_swin_takes_any_size_and_computes_twice_to_the_same_end():
         torch.testing.assert_close(grad, p.grad)
 
 
+@pytest.mark.parametrize("size", [(14, 21), (7, 17), (5, 3), (12, 7)])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_swin_attends_in_released_windows(size, shift):
+    """Against attention among all pixels at once: padded, then moved by `shift` even where there is
+    one window only, and split where the moved map's ends meet."""
+    torch.manual_seed(0)
+    dim, heads, window = 8, 2, 7
+    block = Block(dim, heads, window, shift, drop_path=0.0).eval()
+    torch.nn.init.normal_(block.attn.relative_position_bias_table)
+    x = torch.randn(2, *size, dim)
+
+    padded = [math.ceil(n / window) * window for n in size]
+    content = torch.zeros(2, *padded, dim)
+    content[:, : size[0], : size[1]] = block.norm1(x)
+    moved = [(torch.arange(n) - shift) % n for n in padded]
+    part = [(m >= n - window).int() + (m >= n - shift) for m, n in zip(moved, padded, strict=True)]
+    grid = lambda ends: torch.cartesian_prod(*ends)  # (y, x) of every pixel
+    same_window = (grid(moved)[:, None] // window == grid(moved) // window).all(-1)
+    same_part = (grid(part)[:, None] == grid(part)).all(-1)
+    y, x_ = (grid(moved)[:, None] % window - grid(moved) % window + window - 1).unbind(-1)
+    bias = block.attn.relative_position_bias_table[y * (2 * window - 1) + x_].permute(2, 0, 1)
+    qkv = block.attn.qkv(content.flatten(1, 2)).unflatten(-1, (3, heads, -1))
+    query, key, value = qkv.unbind(2)
+    logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * (dim // heads) ** -0.5 + bias
+    weights = logits.masked_fill(~(same_window & same_part), -torch.inf).softmax(-1)
+    attended = torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2).unflatten(1, padded)
+    expected = x + block.attn.proj(attended)[:, : size[0], : size[1]]
+    expected = expected + block.mlp(block.norm2(expected))
+    torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_swin_begins_with_its_authors_file(tmp_path):
     torch.manual_seed(0)
     swin, other = (Swin("swin_T_224_1k", [2, 3, 4], use_checkpoint=False) for _ in range(2))
@@ -274,6 +309,32 @@ def test_swin_begins_with_its_authors_file(tmp_path):
     torch.save({"model": state}, tmp_path / "short.pth")
     with pytest.raises(UserError, match=r"layers.2.downsample.norm.weight"):
         load_backbone(swin, "swin_T_224_1k", str(tmp_path / "short.pth"))
+
+
+def test_convnext_agrees_with_timm_and_trains_whole(monkeypatch):
+    monkeypatch.setitem(convnext.CONVNEXTS, "small", ((8, 16, 24, 32), (1, 2, 1, 1)))
+    torch.manual_seed(0)
+    ours = convnext.ConvNeXt("small", [2, 3, 4], use_checkpoint=True).train()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    state = {}
+    for name, tensor in ours.state_dict().items():
+        name = name.replace("dwconv", "conv_dw").replace("pwconv", "mlp.fc")
+        name = re.sub(r"stages\.(\d)\.", r"stages.\1.blocks.", name)
+        name = name.replace("downsample_layers.0", "stem")
+        name = re.sub(r"downsample_layers\.(\d)", r"stages.\1.downsample", name)
+        state |= {} if re.match(r"norm\d", name) else {name: tensor}
+    theirs = timm.models.convnext.ConvNeXt(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), num_classes=0)
+    theirs.head = torch.nn.Identity()
+    theirs.load_state_dict(state)
+    image = torch.randn(3, 70, 101)
+    features = ours(nested_tensor_from_tensor_list([image]))
+    expected = theirs.forward_intermediates(image[None], indices=[1, 2, 3], intermediates_only=True)
+    for stage, (feature, x) in enumerate(zip(features, expected, strict=True), 1):
+        torch.testing.assert_close(feature.tensors, ours.get_submodule(f"norm{stage}")(x))
+    sum(f.tensors.square().mean() for f in features).backward()
+    assert all(p.requires_grad and p.grad is not None for p in ours.parameters())
+    assert ours.norm0.weight.grad.count_nonzero() == 0
 
 
 def test_parts_of_a_backbone_can_be_frozen():

@@ -1,5 +1,7 @@
 """The detectors: what parity with the released weights does not show."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -84,6 +86,43 @@ def test_backbones(overrides: dict, stride: int, channels: int):
     assert features[-1].mask.shape == (2, 96 // stride, 128 // stride)
     assert not features[-1].mask[1].any()
     assert backbone.num_channels[-1] == channels
+
+
+TIMM_MODELS = {  # by what is odd about them
+    "swin_tiny_patch4_window7_224": "channels last, made for one size",
+    "vit_tiny_patch16_224": "one stride, made for one size",
+    "dla34": "wants whole strides",
+    "hrnet_w18_small": "has parts that the smaller maps do not need",
+}
+
+
+@pytest.mark.parametrize("name", TIMM_MODELS)
+def test_timm_models_of_every_kind(name: str):
+    options = {"backbone": f"timm/{name}", "batch_norm_type": "BatchNorm2d"}
+    model, _, _ = small_model(**options, return_interm_indices=[2, 3])
+    backbone = model.backbone[0]
+    images = nested_tensor_from_tensor_list([torch.randn(3, 97, 140), torch.randn(3, 61, 83)])
+    features = backbone(images)
+    sum(x.tensors.square().mean() for x in features).backward()
+    for parameter in backbone.parameters():
+        assert parameter.requires_grad == (parameter.grad is not None)
+    last = 16 if name.startswith("vit") else 32
+    for x, stride, channels in zip(features, (16, last), backbone.num_channels, strict=True):
+        size = math.ceil(97 / stride), math.ceil(140 / stride)
+        assert x.tensors.shape == (2, channels, *size)
+        assert x.mask.shape == (2, *size) and not x.mask[0].any() and x.mask[1].any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backbone": "timm/coatnet_nano_rw_224"},  # one size only
+        {"backbone": "timm/vit_tiny_patch16_224", "dilation": True},
+    ],
+)
+def test_timm_models_that_do_not_suit_are_refused(options: dict):
+    with pytest.raises(UserError, match=r"backbone: timm/.* gives no feature maps"):
+        small_model(**options)
 
 
 def test_dilated_small_resnet_is_refused():

@@ -32,11 +32,11 @@ ZIP_HEAD, PICKLE_HEAD = b"PK\x03\x04", b"\x80"  # torch.save's format, and its f
 # What a run can be taken up from: not checkpoint_best*, not *_nonfinite.
 CANDIDATE = re.compile(r"checkpoint(\d{4,}|_previous_\d+)?\.pth")
 
-# Pretrained backbones, as their authors name the files.
+# Pretrained backbones: the files of their authors that the released code looks for.
 RELEASED_FILES = {
     "swin_T_224_1k": "swin_tiny_patch4_window7_224.pth",
     "swin_B_224_22k": "swin_base_patch4_window7_224_22k.pth",
-    "swin_B_384_22k": "swin_base_patch4_window12_384_22k.pth",
+    "swin_B_384_22k": "swin_base_patch4_window12_384.pth",
     "swin_L_224_22k": "swin_large_patch4_window7_224_22k.pth",
     "swin_L_384_22k": "swin_large_patch4_window12_384_22k.pth",
     "convnext_xlarge_22k": "convnext_xlarge_22k_224.pth",
