@@ -29,7 +29,8 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A loss became NaN or infinite; the message says which one, at which epoch and step."""
+    """A loss or the norm of its gradients became NaN or infinite; the message says which one, at
+    which epoch and step."""
 
 
 def in_groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -126,10 +127,11 @@ def train_one_epoch(
     """Train on what `loader` gives and return the mean of everything that was measured.
 
     A step takes `cfg.accumulate` batches in every process; losses are divided by the number of
-    boxes in all of them. `step_scheduler` moves on after every step. For an epoch that is taken up
-    at `first_step`, `averages` are those of the steps before, and go on. `wishes` is asked before
-    every step, and `after_step` told the step and what the processes wished, together. Raises
-    NonFiniteLoss before a step is taken that would destroy the weights, in all processes.
+    boxes in all of them. `step_scheduler` moves on after every step, but for those that fp16's
+    `scaler` leaves out. For an epoch that is taken up at `first_step`, `averages` are those of the
+    steps before, and go on. `wishes` is asked before every step, and `after_step` told the step and
+    what the processes wished, together. Raises NonFiniteLoss before a step is taken that would
+    destroy the weights, in all processes.
     """
     model.train()
     criterion.train()
@@ -153,13 +155,18 @@ def train_one_epoch(
             raise NonFiniteLoss(f"{e} at epoch {epoch}, step {step}") from None
         if cfg.clip_max_norm > 0:
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_max_norm)
-            stats["grad_norm"] = norm.item()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_max_norm).item()
+            if math.isfinite(norm):
+                stats["grad_norm"] = norm
+            elif not scaler.is_enabled():  # which would leave this step out
+                where = f"at epoch {epoch}, step {step}"
+                raise NonFiniteLoss(f"the norm of the gradients is {norm} {where}")
+        scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
         if ema:
             ema.update(model)
-        if step_scheduler:
+        if step_scheduler and scaler.get_scale() >= scale:  # it shrinks when a step is not taken
             step_scheduler.step()
         averages.update(stats, len(targets))
         progress.images += len(targets) * world_size()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 import shutil
 import signal
@@ -234,6 +235,14 @@ def test_nonfinite_loss_stops_the_run(small: list[str], capsys):
     assert latest_checkpoint(out) is None
 
 
+def test_gradients_that_overflow_stop_the_run(small: list[str], capsys):
+    assert main([*small, "--cls_loss_coef", "1e30"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the norm of the gradients is inf at epoch 0, step 0" in line
+    weights = read_checkpoint(Path(small[-1]) / "checkpoint_nonfinite.pth")["model"].values()
+    assert all(w.isfinite().all() for w in weights)
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -266,6 +275,7 @@ def test_mixed_precision(small: list[str], dtype: str):
     assert main([*small, "--amp", "--amp_dtype", dtype, "--debug"]) == 0
     (line,) = read_log(Path(small[-1]))
     assert line["train_loss"] > 0
+    assert math.isfinite(line["train_grad_norm"])  # also where fp16 leaves a step out
 
 
 @pytest.mark.parametrize(
