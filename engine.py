@@ -151,16 +151,15 @@ def train_one_epoch(
         optimizer.zero_grad()
         try:
             stats = forward_and_backward(model, criterion, batches, num_boxes, device, cfg, scaler)
+            if cfg.clip_max_norm > 0:
+                scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_max_norm).item()
+                if math.isfinite(norm):
+                    stats["grad_norm"] = norm
+                elif not scaler.is_enabled():  # which would leave this step out
+                    raise NonFiniteLoss(f"the norm of the gradients is {norm}")
         except NonFiniteLoss as e:
             raise NonFiniteLoss(f"{e} at epoch {epoch}, step {step}") from None
-        if cfg.clip_max_norm > 0:
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_max_norm).item()
-            if math.isfinite(norm):
-                stats["grad_norm"] = norm
-            elif not scaler.is_enabled():  # which would leave this step out
-                where = f"at epoch {epoch}, step {step}"
-                raise NonFiniteLoss(f"the norm of the gradients is {norm} {where}")
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import timm
@@ -117,9 +116,9 @@ def run_timm(body: nn.Module, images: Tensor) -> list[Tensor]:
     features = body(padded)
     if getattr(body, "output_fmt", None) == Format.NHWC:
         features = [x.permute(0, 3, 1, 2) for x in features]
-    part = height / padded.shape[-2], width / padded.shape[-1]
-    size = lambda x: [math.ceil(p * n) for p, n in zip(part, x.shape[-2:], strict=True)]
-    return [x[..., : size(x)[0], : size(x)[1]] for x in features]
+    rows = [-(-height * x.shape[-2] // padded.shape[-2]) for x in features]
+    columns = [-(-width * x.shape[-1] // padded.shape[-1]) for x in features]
+    return [x[..., :m, :n] for x, m, n in zip(features, rows, columns, strict=True)]
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, twice: bool) -> Tensor:
