@@ -5,6 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops import MSDeformAttn
+from util.config import Config
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "prelu": nn.PReLU}
 
 
 class MLP(nn.Module):
@@ -24,12 +27,10 @@ class MLP(nn.Module):
 class Attention(nn.Module):
     """Attention over queries, keys and values that are projected already; projects the output."""
 
-    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
+    def __init__(self, cfg: Config):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"hidden_dim {dim} is not a multiple of nheads {num_heads}")
-        self.num_heads, self.dropout = num_heads, dropout
-        self.out_proj = nn.Linear(dim, dim)
+        self.num_heads, self.dropout = cfg.nheads, cfg.dropout
+        self.out_proj = nn.Linear(cfg.hidden_dim, cfg.hidden_dim)
         nn.init.zeros_(self.out_proj.bias)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -54,8 +55,9 @@ class Attention(nn.Module):
 class MultiheadAttention(Attention):
     """Attention with its input projections; parameters are named as in `nn.MultiheadAttention`."""
 
-    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
-        super().__init__(dim, num_heads, dropout)
+    def __init__(self, cfg: Config):
+        super().__init__(cfg)
+        dim = cfg.hidden_dim
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         nn.init.xavier_uniform_(self.in_proj_weight)
@@ -74,20 +76,15 @@ class MultiheadAttention(Attention):
         return super().forward(query, key, value, allowed)
 
 
-def activation(name: str) -> nn.Module:
-    """The feed-forward activation by its released name."""
-    return {"relu": nn.ReLU, "gelu": nn.GELU, "prelu": nn.PReLU}[name]()
-
-
 class FeedForward(nn.Module):
     """Mix-in of the residual feed-forward block; subclasses own the final norm, as released."""
 
-    def __init__(self, dim: int, dim_feedforward: int, dropout: float, act: str):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.linear1 = nn.Linear(dim, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, dim)
-        self.activation = activation(act)
-        self.dropout = nn.Dropout(dropout)
+        self.linear1 = nn.Linear(cfg.hidden_dim, cfg.dim_feedforward)
+        self.linear2 = nn.Linear(cfg.dim_feedforward, cfg.hidden_dim)
+        self.activation = ACTIVATIONS[cfg.transformer_activation]()
+        self.dropout = nn.Dropout(cfg.dropout)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))

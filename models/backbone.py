@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
+from util.config import Config
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
 
@@ -34,40 +35,27 @@ class Backbone(nn.Module):
     """A ResNet of torchvision, or any timm model that gives feature maps, as `body`.
 
     `levels` counts from 1, the first stage of a ResNet (stride 4), to 4 (stride 32); `num_channels`
-    lists the channels of the levels asked for. `dilation` keeps the last stage at stride 16 (DC5).
-    With pretrained weights and frozen statistics, the stem and the first stage of a ResNet stay
-    as they are, as published; a `trainable=False` backbone stays so as a whole.
+    lists the channels of the levels asked for. With pretrained weights and frozen statistics, the
+    stem and the first stage of a ResNet stay as they are, as published.
     """
 
-    def __init__(
-        self,
-        name: str,
-        levels: list[int],
-        dilation: bool = False,
-        norm: str = "FrozenBatchNorm2d",
-        freeze_stem: bool = True,
-        trainable: bool = True,
-    ):
+    def __init__(self, cfg: Config, levels: list[int]):
         super().__init__()
-        if name.startswith(TIMM):
-            body = timm_features(name.removeprefix(TIMM), levels, dilation)
+        if cfg.backbone.startswith(TIMM):
+            body = timm_features(cfg.backbone.removeprefix(TIMM), levels, cfg.dilation)
             self.num_channels = body.feature_info.channels()
-            self.body = TIMM_NORMS[norm](body)
+            self.body = TIMM_NORMS[cfg.batch_norm_type](body)
         else:
-            shallow = name in ("resnet18", "resnet34")
-            resnet = torchvision.models.get_model(
-                name,
-                weights=None,
-                norm_layer=NORMS[norm],
-                **({} if shallow else {"replace_stride_with_dilation": [False, False, dilation]}),
-            )
+            width, dilation = 256, {"replace_stride_with_dilation": [False, False, cfg.dilation]}
+            if cfg.backbone in ("resnet18", "resnet34"):
+                width, dilation = 64, {}
+            norm = NORMS[cfg.batch_norm_type]
+            resnet = torchvision.models.get_model(cfg.backbone, norm_layer=norm, **dilation)
             stages = {f"layer{level}": str(i) for i, level in enumerate(levels)}
             self.body = IntermediateLayerGetter(resnet, return_layers=stages)
-            width = 64 if shallow else 256
             self.num_channels = [width * 2 ** (level - 1) for level in levels]
-        frozen = ("conv1", "bn1", "layer1") if freeze_stem else ()
-        for parameter_name, parameter in self.body.named_parameters():
-            if not trainable or parameter_name.startswith(frozen):
+        for name, parameter in self.body.named_parameters():
+            if cfg.pretrained_backbone and name.startswith(("conv1", "bn1", "layer1")):
                 parameter.requires_grad_(False)
 
     def forward(self, images: NestedTensor) -> list[NestedTensor]:

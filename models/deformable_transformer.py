@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ops import MSDeformAttn
 from util.box_ops import inverse_sigmoid
+from util.config import Config
 
-from .attention import MLP, FeedForward, MultiheadAttention
+from .attention import MLP, FeedForward, MultiheadAttention, init_transformer
 from .position_encoding import anchor_embedding
 
 
@@ -56,6 +57,11 @@ class Tokens:
         valid_ratios = torch.stack(valid, dim=1) / shapes.flip(-1)
         return cls(content, pos, mask, sizes, shapes, starts, valid_ratios)
 
+    @property
+    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The last arguments of MSDeformAttn."""
+        return self.spatial_shapes, self.level_start_index, self.mask
+
     def places(self) -> Tensor:
         """(B, S, 2): where each token is, (x, y) in fractions of its image without padding."""
         centres = []  # in pixels of the token's own level
@@ -73,31 +79,19 @@ class Tokens:
         return of_levels.repeat_interleave(sizes, dim=-2, output_size=self.mask.shape[1])
 
 
+def deformable_attention(cfg: Config, num_points: int) -> MSDeformAttn:
+    return MSDeformAttn(cfg.hidden_dim, cfg.num_feature_levels, cfg.nheads, num_points)
+
+
 class DeformableEncoderLayer(FeedForward):
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        dim_feedforward: int,
-        dropout: float,
-        act: str,
-        num_levels: int,
-        num_points: int,
-    ):
-        super().__init__(dim, dim_feedforward, dropout, act)
-        self.self_attn = MSDeformAttn(dim, num_levels, num_heads, num_points)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
+    def __init__(self, cfg: Config):
+        super().__init__(cfg)
+        self.self_attn = deformable_attention(cfg, cfg.enc_n_points)
+        self.norm1 = nn.LayerNorm(cfg.hidden_dim)
+        self.norm2 = nn.LayerNorm(cfg.hidden_dim)
 
     def forward(self, x: Tensor, reference_points: Tensor, tokens: Tokens) -> Tensor:
-        attended = self.self_attn(
-            x + tokens.pos,
-            reference_points,
-            x,
-            tokens.spatial_shapes,
-            tokens.level_start_index,
-            tokens.mask,
-        )
+        attended = self.self_attn(x + tokens.pos, reference_points, x, *tokens.levels)
         x = self.norm1(x + self.dropout(attended))
         return self.norm2(x + self.feed_forward(x))
 
@@ -105,9 +99,9 @@ class DeformableEncoderLayer(FeedForward):
 class DeformableEncoder(nn.Module):
     """Every pixel looks around its own place on all levels."""
 
-    def __init__(self, num_layers: int, *layer_args):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.layers = nn.ModuleList(DeformableEncoderLayer(*layer_args) for _ in range(num_layers))
+        self.layers = nn.ModuleList(DeformableEncoderLayer(cfg) for _ in range(cfg.enc_layers))
 
     def forward(self, tokens: Tokens) -> Tensor:
         """-> memory (B, S, D)."""
@@ -124,43 +118,27 @@ class DeformableDecoderLayer(FeedForward):
     The norms bear the released numbers, not those of their order: 2, 1, 3.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        dim_feedforward: int,
-        dropout: float,
-        act: str,
-        num_levels: int,
-        num_points: int,
-    ):
-        super().__init__(dim, dim_feedforward, dropout, act)
-        self.self_attn = MultiheadAttention(dim, num_heads, dropout)
-        self.cross_attn = MSDeformAttn(dim, num_levels, num_heads, num_points)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.norm3 = nn.LayerNorm(dim)
+    def __init__(self, cfg: Config):
+        super().__init__(cfg)
+        self.self_attn = MultiheadAttention(cfg)
+        self.cross_attn = deformable_attention(cfg, cfg.dec_n_points)
+        self.norm1 = nn.LayerNorm(cfg.hidden_dim)
+        self.norm2 = nn.LayerNorm(cfg.hidden_dim)
+        self.norm3 = nn.LayerNorm(cfg.hidden_dim)
 
     def forward(
         self,
         x: Tensor,
         query_pos: Tensor,
         boxes: Tensor,
+        attn_allowed: Tensor | None,
         memory: Tensor,
         tokens: Tokens,
-        attn_allowed: Tensor | None,
     ) -> Tensor:
         located = x + query_pos
         attended = self.self_attn(located, located, x, attn_allowed)
         x = self.norm2(x + self.dropout(attended))
-        attended = self.cross_attn(
-            x + query_pos,
-            boxes,
-            memory,
-            tokens.spatial_shapes,
-            tokens.level_start_index,
-            tokens.mask,
-        )
+        attended = self.cross_attn(x + query_pos, boxes, memory, *tokens.levels)
         x = self.norm1(x + self.dropout(attended))
         return self.norm3(x + self.feed_forward(x))
 
@@ -168,36 +146,27 @@ class DeformableDecoderLayer(FeedForward):
 class DeformableDecoder(nn.Module):
     """Refines anchors layer by layer; `bbox_embed`, set by the detector, has a head for each layer.
 
-    `final_norm`: layer outputs are normalised once more before the heads (DINO). `scales_queries`:
-    from the second layer on, the content scales the positional query (DAB). `look_forward_twice`:
-    a layer's box also trains the layer before, whose anchor it refines (DINO, section 3.5).
+    In DINO layer outputs are normalised once more before the heads; in the others the content
+    scales the positional query from the second layer on. With `look_forward_twice` a layer's box
+    also trains the layer before, whose anchor it refines (DINO, section 3.5).
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        dim: int,
-        *layer_args,
-        final_norm: bool,
-        scales_queries: bool,
-        look_forward_twice: bool,
-    ):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.layers = nn.ModuleList(
-            DeformableDecoderLayer(dim, *layer_args) for _ in range(num_layers)
-        )
-        self.norm = nn.LayerNorm(dim) if final_norm else None
-        self.query_scale = MLP(dim, dim, dim, 2) if scales_queries else None
+        dim, is_dino = cfg.hidden_dim, cfg.modelname == "dino"
+        self.layers = nn.ModuleList(DeformableDecoderLayer(cfg) for _ in range(cfg.dec_layers))
+        self.norm = nn.LayerNorm(dim) if is_dino else None
+        self.query_scale = None if is_dino else MLP(dim, dim, dim, 2)
         self.ref_point_head = MLP(2 * dim, dim, dim, 2)
-        self.look_forward_twice = look_forward_twice
+        self.look_forward_twice = cfg.look_forward_twice
 
     def forward(
         self,
         content: Tensor,
         anchors: Tensor,
+        attn_allowed: Tensor | None,
         memory: Tensor,
         tokens: Tokens,
-        attn_allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """content (B, Q, D) and anchors (B, Q, 4) before the sigmoid -> states (N, B, Q, D) of the
         N layers, the boxes (N, B, Q, 4) that they predict and the anchors (N, B, Q, 4) that they
@@ -211,7 +180,7 @@ class DeformableDecoder(nn.Module):
             query_pos = self.ref_point_head(anchor_embedding(scaled[:, :, 0], x.shape[-1] // 2))
             if self.query_scale is not None and i > 0:
                 query_pos = query_pos * self.query_scale(x)
-            x = layer(x, query_pos, scaled, memory, tokens, attn_allowed)
+            x = layer(x, query_pos, scaled, attn_allowed, memory, tokens)
             refinement = head(x)
             states.append(x)
             if self.norm is not None:
@@ -223,3 +192,17 @@ class DeformableDecoder(nn.Module):
             anchors = following.detach()
             previous = following if self.look_forward_twice else anchors
         return torch.stack(states), torch.stack(boxes), torch.stack(refined)
+
+
+class DeformableTransformer(nn.Module):
+    """Deformable encoder and any decoder; where queries are selected among the encoder's tokens,
+    what projects these."""
+
+    def __init__(self, cfg: Config, encoder: DeformableEncoder, decoder: nn.Module):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        if cfg.query_selection != "static":
+            self.enc_output = nn.Linear(cfg.hidden_dim, cfg.hidden_dim)
+            self.enc_output_norm = nn.LayerNorm(cfg.hidden_dim)
+        init_transformer(self)
+        self.level_embed = nn.Parameter(torch.randn(cfg.num_feature_levels, cfg.hidden_dim))

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from util.config import Config
+
 
 def sine_embedding(position: Tensor, dim: int, temperature: float = 10000) -> Tensor:
     """Embed numbers (...) in radians as (..., dim): sin and cos interleaved, slower and slower."""
@@ -25,16 +27,14 @@ def anchor_embedding(anchors: Tensor, dim: int) -> Tensor:
 class SinePositionEncoding(nn.Module):
     """Encoding of every pixel of a feature map: D/2 numbers for y, then D/2 for x.
 
-    A coordinate counts the unmasked pixels up to this one, shifted by `offset`, and is divided by
-    the image's own extent, so that it runs to 2 pi over the image without its padding.
+    A coordinate counts the unmasked pixels up to this one, shifted by `pe_offset`, and is divided
+    by the image's own extent, so that it runs to 2 pi over the image without its padding.
     """
 
-    def __init__(
-        self, dim: int, temperature_h: float = 20, temperature_w: float = 20, offset: float = 0.0
-    ):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.dim, self.offset = dim, offset
-        self.temperature_h, self.temperature_w = temperature_h, temperature_w
+        self.dim, self.offset = cfg.hidden_dim, cfg.pe_offset
+        self.temperature_h, self.temperature_w = cfg.pe_temperatureH, cfg.pe_temperatureW
 
     def forward(self, mask: Tensor) -> Tensor:
         """Padding mask (B, H, W) -> (B, H, W, D), in fp32."""
@@ -43,10 +43,6 @@ class SinePositionEncoding(nn.Module):
         y = (y + self.offset) / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
         x = (x + self.offset) / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
         half = self.dim // 2
-        return torch.cat(
-            [
-                sine_embedding(y, half, self.temperature_h),
-                sine_embedding(x, half, self.temperature_w),
-            ],
-            dim=-1,
-        )
+        y = sine_embedding(y, half, self.temperature_h)
+        x = sine_embedding(x, half, self.temperature_w)
+        return torch.cat([y, x], dim=-1)

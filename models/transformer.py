@@ -5,23 +5,24 @@ cross-attention compares with the pixels, modulated by the anchor's width and he
 decoder layer refines the anchor. Layers are post-norm.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from util.box_ops import inverse_sigmoid
+from util.config import Config
 
 from .attention import MLP, Attention, FeedForward, MultiheadAttention, init_transformer
 from .position_encoding import anchor_embedding
 
 
 class EncoderLayer(FeedForward):
-    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float, act: str):
-        super().__init__(dim, dim_feedforward, dropout, act)
-        self.self_attn = MultiheadAttention(dim, num_heads, dropout)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
+    def __init__(self, cfg: Config):
+        super().__init__(cfg)
+        self.self_attn = MultiheadAttention(cfg)
+        self.norm1 = nn.LayerNorm(cfg.hidden_dim)
+        self.norm2 = nn.LayerNorm(cfg.hidden_dim)
 
     def forward(self, x: Tensor, pos: Tensor, allowed: Tensor) -> Tensor:
         located = x + pos
@@ -32,10 +33,10 @@ class EncoderLayer(FeedForward):
 class Encoder(nn.Module):
     """Self-attention over pixels; the position encoding is scaled by the content at every layer."""
 
-    def __init__(self, num_layers: int, dim: int, *layer_args):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(dim, *layer_args) for _ in range(num_layers))
-        self.query_scale = MLP(dim, dim, dim, 2)
+        self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.enc_layers))
+        self.query_scale = MLP(cfg.hidden_dim, cfg.hidden_dim, cfg.hidden_dim, 2)
 
     def forward(self, x: Tensor, pos: Tensor, allowed: Tensor) -> Tensor:
         for layer in self.layers:
@@ -51,22 +52,15 @@ class DecoderLayer(FeedForward):
     content as well.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        dim_feedforward: int,
-        dropout: float,
-        act: str,
-        is_first: bool,
-    ):
-        super().__init__(dim, dim_feedforward, dropout, act)
+    def __init__(self, cfg: Config, is_first: bool):
+        super().__init__(cfg)
+        dim = cfg.hidden_dim
         self.sa_qcontent_proj = nn.Linear(dim, dim)
         self.sa_qpos_proj = nn.Linear(dim, dim)
         self.sa_kcontent_proj = nn.Linear(dim, dim)
         self.sa_kpos_proj = nn.Linear(dim, dim)
         self.sa_v_proj = nn.Linear(dim, dim)
-        self.self_attn = Attention(dim, num_heads, dropout)
+        self.self_attn = Attention(cfg)
 
         self.ca_qcontent_proj = nn.Linear(dim, dim)
         self.ca_qpos_proj = nn.Linear(dim, dim) if is_first else None
@@ -74,7 +68,7 @@ class DecoderLayer(FeedForward):
         self.ca_kpos_proj = nn.Linear(dim, dim)
         self.ca_v_proj = nn.Linear(dim, dim)
         self.ca_qpos_sine_proj = nn.Linear(dim, dim)
-        self.cross_attn = Attention(dim, num_heads, dropout)
+        self.cross_attn = Attention(cfg)
 
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -91,9 +85,9 @@ class DecoderLayer(FeedForward):
         x: Tensor,
         query_pos: Tensor,
         query_sine: Tensor,
+        attn_allowed: Tensor | None,
         memory: Tensor,
         pos: Tensor,
-        attn_allowed: Tensor | None,
         memory_allowed: Tensor,
     ) -> Tensor:
         query = self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos)
@@ -125,11 +119,11 @@ class DecoderLayer(FeedForward):
 class MultiLevelDecoderLayer(DecoderLayer):
     """Attends to each of several feature levels apart; the self-attention's query weighs them."""
 
-    def __init__(self, dim: int, *layer_args, is_first: bool, num_levels: int):
-        super().__init__(dim, *layer_args, is_first=is_first)
+    def __init__(self, cfg: Config, is_first: bool):
+        super().__init__(cfg, is_first)
         self.cross_attn.out_proj = nn.Identity()
-        self.ca_out_v_proj = nn.Linear(dim, dim)
-        self.lvl_attn = nn.Linear(dim, num_levels)
+        self.ca_out_v_proj = nn.Linear(cfg.hidden_dim, cfg.hidden_dim)
+        self.lvl_attn = nn.Linear(cfg.hidden_dim, cfg.num_feature_levels)
 
     def attend_to_memory(
         self,
@@ -151,11 +145,10 @@ class MultiLevelDecoderLayer(DecoderLayer):
 class Decoder(nn.Module):
     """Refines anchors layer by layer; `bbox_embed`, set by the detector, gives the refinements."""
 
-    def __init__(self, num_layers: int, dim: int, *layer_args, layer: Callable = DecoderLayer):
+    def __init__(self, cfg: Config, layer: type[DecoderLayer] = DecoderLayer):
         super().__init__()
-        self.layers = nn.ModuleList(
-            layer(dim, *layer_args, is_first=i == 0) for i in range(num_layers)
-        )
+        dim = cfg.hidden_dim
+        self.layers = nn.ModuleList(layer(cfg, is_first=i == 0) for i in range(cfg.dec_layers))
         self.norm = nn.LayerNorm(dim)
         self.query_scale = MLP(dim, dim, dim, 2)
         self.ref_point_head = MLP(2 * dim, dim, dim, 2)
@@ -178,9 +171,9 @@ class Decoder(nn.Module):
         self,
         content: Tensor,
         anchors: Tensor,
+        attn_allowed: Tensor | None,
         memory: Tensor,
         pos: Tensor,
-        attn_allowed: Tensor | None,
         memory_allowed: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """content (B, Q, D) and anchors (B, Q, 4) before the sigmoid -> states (L, B, Q, D), the
@@ -193,7 +186,7 @@ class Decoder(nn.Module):
             # released it also reaches the previous layer's refinement.
             fixed = anchors if i == 0 else anchors.detach()
             query_pos, query_sine = self.queries(x, fixed, is_first=i == 0)
-            x = layer(x, query_pos, query_sine, memory, pos, attn_allowed, memory_allowed)
+            x = layer(x, query_pos, query_sine, attn_allowed, memory, pos, memory_allowed)
             states.append(self.norm(x))
             seen.append(anchors.detach())
             boxes.append((self.bbox_embed(states[-1]) + inverse_sigmoid(anchors)).sigmoid())
@@ -203,23 +196,9 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder, decoder and, for models with several patterns, their content embeddings.
+    """Encoder and decoder, under the released names."""
 
-    `num_levels`, of a deformable encoder, are embedded and told apart in `level_embed`.
-    """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        decoder: Decoder,
-        dim: int,
-        num_patterns: int,
-        num_levels: int | None = None,
-    ):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         init_transformer(self)
-        if num_levels is not None:
-            self.level_embed = nn.Parameter(torch.randn(num_levels, dim))
-        if num_patterns:
-            self.patterns = nn.Embedding(num_patterns, dim)

@@ -19,6 +19,7 @@ from models.dn_components import (
 )
 from models.transformer import Decoder
 from util.box_ops import inverse_sigmoid
+from util.config import load_config
 
 C, D, Q = 6, 32, 7
 NO_NOISE = {"label_noise_ratio": 0.0, "box_noise_scale": 0.0}
@@ -63,7 +64,8 @@ def test_gradients_do_not_cross_groups():
     of another group; but a group does depend on the matching part and on itself."""
     torch.manual_seed(0)
     groups, size = 3, 2
-    decoder = Decoder(2, D, 4, 64, 0.0, "relu")
+    cfg = {"hidden_dim": D, "nheads": 4, "dim_feedforward": 64, "dec_layers": 2}
+    decoder = Decoder(load_config(overrides=cfg))
     decoder.bbox_embed = nn.Linear(D, 4)
     label_enc = nn.Embedding(C + 1, D - 1)
     content, anchors, blocked, _ = prepare_for_dn(
@@ -71,7 +73,8 @@ def test_gradients_do_not_cross_groups():
     )
     content = content.detach().requires_grad_()
     memory = torch.randn(1, 9, D)
-    states, *_ = decoder(content, anchors, memory, memory, ~blocked, torch.ones(1, 1, 1, 9).bool())
+    everywhere = torch.ones(1, 1, 1, 9).bool()
+    states, *_ = decoder(content, anchors, ~blocked, memory, memory, everywhere)
     part = [slice(i * size, (i + 1) * size) for i in range(groups)]
     part.append(slice(groups * size, None))  # the matching part
     for i, rows in enumerate(part):

@@ -195,7 +195,7 @@ def test_patterns_repeat_the_anchors():
     model, _, _ = small_model(num_patterns=3)
     out = model.eval()([torch.randn(3, 64, 64)])
     assert out["pred_boxes"].shape == (1, 3 * 12, 4)
-    content, anchors = model.queries(1)
+    content, anchors, _ = model.queries(1)
     assert torch.equal(anchors[0, :12], anchors[0, 12:24])
     assert not torch.isclose(content[0, 0], content[0, 12]).all()
     assert torch.equal(content[0, 0], content[0, 11])
