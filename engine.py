@@ -7,19 +7,21 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from datasets.coco_eval import CocoEvaluator
 from models.matcher import MatchingLog
-from util.config import Config
 from util.distributed import gather, sum_over_processes, world_size
-from util.ema import ModelEma
 from util.logging import Averages, Progress, peak_memory_mb
 from util.nested_tensor import NestedTensor
+
+if TYPE_CHECKING:
+    from trainer import Run
 
 logger = logging.getLogger(__name__)
 
@@ -40,106 +42,81 @@ def in_groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def to_device(targets: list[dict], device: torch.device) -> list[dict]:
-    """Labels and boxes on the device; sizes and ids stay, only the CPU reads them."""
-    moved = ("labels", "boxes")
-    return [
-        {k: v.to(device, non_blocking=True) if k in moved else v for k, v in t.items()}
-        for t in targets
-    ]
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Images, labels and boxes on the device; sizes and ids stay, only the CPU reads them."""
+    images, targets = batch
+    move = lambda tensor: tensor.to(device, non_blocking=True)
+    moved = [{**t, "labels": move(t["labels"]), "boxes": move(t["boxes"])} for t in targets]
+    return images.to(device, non_blocking=True), moved
 
 
-def autocast(cfg: Config, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, AMP_DTYPES[cfg.amp_dtype], enabled=cfg.amp)
+def autocast(run: Run) -> torch.autocast:
+    return torch.autocast(run.device.type, AMP_DTYPES[run.cfg.amp_dtype], enabled=run.cfg.amp)
 
 
-def weighted_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    return sum(losses[name] * weight for name, weight in weights.items())
+def weigh(
+    losses: dict[str, Tensor], weights: dict[str, float], everywhere: bool = False
+) -> tuple[Tensor, dict[str, float]]:
+    """The weighted sum of the losses; and as numbers, under the released keys, that sum as `loss`,
+    the weighted terms, and the raw terms as `_unscaled`. They take one transfer.
 
-
-def read_losses(
-    total: Tensor, losses: dict[str, Tensor], weights: dict[str, float], everywhere: bool = False
-) -> dict[str, float]:
-    """Under the released keys: `loss`, weighted terms, raw terms as `_unscaled`. One transfer.
-
-    `everywhere`: the means over all processes, which all have to ask for.
+    `everywhere`: the numbers are means over all processes, which all have to ask for.
     """
+    total = sum(losses[name] * weight for name, weight in weights.items())
     values = torch.stack([total, *losses.values()]).detach()
     if everywhere:
         values = sum_over_processes(values) / world_size()
-    values = values.tolist()
-    stats = {"loss": values[0]}
-    for name, value in zip(losses, values[1:], strict=True):
+    loss, *values = values.tolist()
+    stats = {"loss": loss}
+    for name, value in zip(losses, values, strict=True):
         if name in weights:
-            stats[name] = value * weights[name]
-            stats[f"{name}_unscaled"] = value
+            stats |= {name: value * weights[name], f"{name}_unscaled": value}
         elif not name.startswith("loss"):
             stats[name] = value
-    return stats
+    return total, stats
 
 
-def forward_and_backward(
-    model: nn.Module,
-    criterion: nn.Module,
-    batches: Sequence[Batch],
-    num_boxes: float,
-    device: torch.device,
-    cfg: Config,
-    scaler: torch.amp.GradScaler,
-) -> dict[str, float]:
+def forward_and_backward(run: Run, batches: Sequence[Batch], num_boxes: float) -> dict[str, float]:
     """Gradients of the mean loss of the batches; returns the means of everything measured."""
-    averages = Averages()
-    for i, (images, targets) in enumerate(batches, 1):
-        images = images.to(device, non_blocking=True)
-        targets = to_device(targets, device)
+    averages, weights = Averages(), run.criterion.weight_dict
+    for i, batch in enumerate(batches, 1):
+        images, targets = to_device(batch, run.device)
         # Processes exchange gradients once a step, with the last batch.
-        alone = isinstance(model, DistributedDataParallel) and i < len(batches)
-        with model.no_sync() if alone else nullcontext():
-            with autocast(cfg, device):
-                losses = criterion(model(images, targets), targets, num_boxes)
-                loss = weighted_losses(losses, criterion.weight_dict)
-            stats = read_losses(loss, losses, criterion.weight_dict, everywhere=True)
+        alone = isinstance(run.parallel, DistributedDataParallel) and i < len(batches)
+        with run.parallel.no_sync() if alone else nullcontext():
+            with autocast(run):
+                losses = run.criterion(run.parallel(images, targets), targets, num_boxes)
+                loss, stats = weigh(losses, weights, everywhere=True)
             if not math.isfinite(stats["loss"]):
-                bad = [k for k in criterion.weight_dict if not math.isfinite(stats[k])] or ["loss"]
+                bad = [k for k in weights if not math.isfinite(stats[k])] or ["loss"]
                 more = f" ({len(bad)} losses are not finite)" if len(bad) > 1 else ""
                 raise NonFiniteLoss(f"{bad[0]} is {stats[bad[0]]}{more}")
-            scaler.scale(loss / len(batches)).backward()
+            run.scaler.scale(loss / len(batches)).backward()
         averages.update(stats, len(targets))
     return averages.means()
 
 
 def train_one_epoch(
-    model: nn.Module,
-    criterion: nn.Module,
-    loader: Iterable[Batch],
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    epoch: int,
-    cfg: Config,
-    scaler: torch.amp.GradScaler,
-    step_scheduler: LRScheduler | None = None,
-    ema: ModelEma | None = None,
-    averages: Averages | None = None,
-    first_step: int = 0,
+    run: Run,
+    loader: DataLoader,
     wishes: Callable[[], list[bool]] = list,
-    after_step: Callable[[int, list[bool]], None] = lambda step, wishes: None,
+    after_step: Callable[[list[bool]], None] = lambda wished: None,
 ) -> dict[str, float]:
-    """Train on what `loader` gives and return the mean of everything that was measured.
+    """Train the epoch behind `run.epoch`, from `run.step` on, with what `loader` gives; return the
+    means of everything that was measured, which `run.averages` collect.
 
     A step takes `cfg.accumulate` batches in every process; losses are divided by the number of
-    boxes in all of them. `step_scheduler` moves on after every step, but for those that fp16's
-    `scaler` leaves out. For an epoch that is taken up at `first_step`, `averages` are those of the
-    steps before, and go on. `wishes` is asked before every step, and `after_step` told the step and
-    what the processes wished, together. Raises NonFiniteLoss before a step is taken that would
-    destroy the weights, in all processes.
+    boxes in all of them. Steps that fp16's scaler leaves out do not count for a schedule of steps.
+    `wishes` is asked before every step, and `after_step` told what the processes wished, together.
+    Raises NonFiniteLoss before a step is taken that would destroy the weights, in all processes.
     """
-    model.train()
-    criterion.train()
-    averages, skipped = averages or Averages(), 0
+    cfg, scaler, epoch, skipped = run.cfg, run.scaler, run.epoch + 1, 0
+    run.model.train()
+    run.criterion.train()
     total_steps = len(loader) // cfg.accumulate
     total_steps = min(total_steps, DEBUG_STEPS) if cfg.debug else total_steps
     progress = Progress(in_groups(loader, cfg.accumulate), f"epoch {epoch}", total_steps)
-    for step, batches in enumerate(progress, first_step):
+    for batches in progress:
         targets = [target for _, targets in batches for target in targets]
         for name in [name for t in targets for name in t.get("skipped", ())]:
             skipped += 1
@@ -148,31 +125,33 @@ def train_one_epoch(
         shared = torch.tensor([num_boxes, *wishes()], dtype=torch.float64)
         num_boxes, *wished = sum_over_processes(shared).tolist()
         num_boxes = max(num_boxes / world_size() / cfg.accumulate, 1.0)
-        optimizer.zero_grad()
+        run.optimizer.zero_grad()
         try:
-            stats = forward_and_backward(model, criterion, batches, num_boxes, device, cfg, scaler)
+            stats = forward_and_backward(run, batches, num_boxes)
             if cfg.clip_max_norm > 0:
-                scaler.unscale_(optimizer)
-                norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_max_norm).item()
+                scaler.unscale_(run.optimizer)
+                parameters = run.model.parameters()
+                norm = nn.utils.clip_grad_norm_(parameters, cfg.clip_max_norm).item()
                 if math.isfinite(norm):
                     stats["grad_norm"] = norm
                 elif not scaler.is_enabled():  # which would leave this step out
                     raise NonFiniteLoss(f"the norm of the gradients is {norm}")
         except NonFiniteLoss as e:
-            raise NonFiniteLoss(f"{e} at epoch {epoch}, step {step}") from None
+            raise NonFiniteLoss(f"{e} at epoch {epoch}, step {run.step}") from None
         scale = scaler.get_scale()
-        scaler.step(optimizer)
+        scaler.step(run.optimizer)
         scaler.update()
-        if ema:
-            ema.update(model)
-        if step_scheduler and scaler.get_scale() >= scale:  # it shrinks when a step is not taken
-            step_scheduler.step()
-        averages.update(stats, len(targets))
+        if run.ema and epoch >= cfg.ema_epoch:
+            run.ema.update(run.model)
+        if run.every_step and scaler.get_scale() >= scale:  # it shrinks when a step is left out
+            run.scheduler.step()
+        run.step += 1
+        run.averages.update(stats, len(targets))
         progress.images += len(targets) * world_size()
-        progress.note = f"loss {averages.means()['loss']:.3f}"
-        after_step(step, [wish > 0 for wish in wished])
-    return averages.means() | {
-        "lr": optimizer.param_groups[0]["lr"],
+        progress.note = f"loss {run.averages.means()['loss']:.3f}"
+        after_step([wish > 0 for wish in wished])
+    return run.averages.means() | {
+        "lr": run.optimizer.param_groups[0]["lr"],
         "images_per_second": progress.images_per_second,
         "peak_memory_mb": peak_memory_mb(),
     }
@@ -180,46 +159,40 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate(
+    run: Run,
     model: nn.Module,
-    criterion: nn.Module,
-    postprocess: nn.Module,
-    loader: Iterable,
+    loader: DataLoader,
     evaluator: CocoEvaluator,
-    device: torch.device,
-    cfg: Config,
     annotated: bool = True,
     matching: MatchingLog | None = None,
 ) -> dict[str, float | list[float]]:
-    """Fill `evaluator` with detections; return losses and COCO's figures.
+    """Fill `evaluator` with what the run's model, or its average, detects; return losses and COCO's
+    figures, with `matching` its summary as well.
 
-    Without annotations (`annotated` False) there is nothing to return but the speed. With
-    `matching`, its summary is returned as well.
+    Without annotations (`annotated` False) there is nothing to return but the speed.
     """
     model.eval()
-    criterion.eval()
+    run.criterion.eval()
     averages = Averages()
-    total_steps = min(len(loader), DEBUG_STEPS) if cfg.debug else len(loader)
+    total_steps = min(len(loader), DEBUG_STEPS) if run.cfg.debug else len(loader)
     progress = Progress(loader, "evaluate", total_steps)
-    weights = {k: w for k, w in criterion.weight_dict.items() if "_dn" not in k}
-    for images, targets in progress:
-        images = images.to(device, non_blocking=True)
-        with autocast(cfg, device):
+    weights = {k: w for k, w in run.criterion.weight_dict.items() if "_dn" not in k}
+    for batch in progress:
+        images, targets = to_device(batch, run.device)
+        with autocast(run):
             outputs = model(images)
         if annotated:
-            targets = to_device(targets, device)
-            losses = criterion(outputs, targets)
-            averages.update(
-                read_losses(weighted_losses(losses, weights), losses, weights), len(targets)
-            )
-            if matching:
-                matching.update(outputs, targets)
-        sizes = torch.stack([t["orig_size"] for t in targets]).to(device)
-        results = postprocess(outputs, sizes)
+            _, stats = weigh(run.criterion(outputs, targets), weights)
+            averages.update(stats, len(targets))
+        if matching:
+            matching.update(outputs, targets)
+        sizes = torch.stack([t["orig_size"] for t in targets]).to(run.device)
+        results = run.postprocess(outputs, sizes)
         ids = [int(t["image_id"]) for t in targets]
         evaluator.update(dict(zip(ids, results, strict=True)))
         progress.images += len(targets) * world_size()
     evaluator.join(gather(evaluator.results))
-    averages.join(gather(averages))
+    averages.join(gather(averages.state_dict()))
     stats = averages.means() | {"images_per_second": progress.images_per_second}
     if matching:
         matching.join(gather(matching.found))

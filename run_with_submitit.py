@@ -88,6 +88,7 @@ def submit(args: argparse.Namespace, function: Job) -> submitit.Job:
     tasks = args.ngpus or args.ntasks_per_node or 1
     cluster = "local" if args.local else "slurm"
     executor = submitit.AutoExecutor(args.job_dir, cluster, slurm_max_num_timeout=1000)
+    given = {f"slurm_{name}": getattr(args, name) for name in SLURM_OPTIONS}
     executor.update_parameters(
         name=args.job_name,
         nodes=args.nodes,
@@ -99,11 +100,7 @@ def submit(args: argparse.Namespace, function: Job) -> submitit.Job:
         slurm_signal_delay_s=SIGNAL_DELAY,
         slurm_srun_args=["--kill-on-bad-exit=1"],
         slurm_additional_parameters={"requeue": True, "open-mode": "append"},
-        **{
-            f"slurm_{name}": getattr(args, name)
-            for name in SLURM_OPTIONS
-            if getattr(args, name) is not None
-        },
+        **{name: value for name, value in given.items() if value is not None},
     )
     try:
         return executor.submit(function)

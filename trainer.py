@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -135,12 +136,12 @@ class Run:
         self.cfg, self.device, self.class_map = cfg, device, class_map
         self.epoch, self.step = cfg.start_epoch - 1, 0
         self.averages, self.trained, self.seconds = Averages(), None, 0.0
-        self.best_ap = -1.0
-        self.matches = None  # of the last evaluation, with --log_matching
+        self.best_ap, self.matches = -1.0, None  # matches: of the last evaluation
         model, criterion, self.postprocess = build_model(cfg)
         if device.type == "cpu":  # where convolutions are a tenth to a fifth faster so
             model.backbone.to(memory_format=torch.channels_last)
         self.model, self.criterion = model.to(device), criterion.to(device)
+        self.parallel: nn.Module = self.model  # what is trained, wrapped where there are processes
         self.optimizer = build_optimizer(self.model, cfg)
         self.scheduler, self.every_step = build_scheduler(self.optimizer, cfg, steps)
         fp16 = cfg.amp and cfg.amp_dtype == "fp16"
@@ -176,21 +177,17 @@ class Run:
     def begin(self, checkpoint: dict | None) -> None:
         """Take up the run of a checkpoint, or begin one with a pretrained model's weights or the
         backbone's alone."""
-        seed_everything(self.cfg.seed + rank())  # the weights are the same in all processes
+        cfg = self.cfg
+        seed_everything(cfg.seed + rank())  # the weights are the same in all processes
         if checkpoint is not None:
             self.load(checkpoint)
             return self.resume(checkpoint)
-        if self.cfg.pretrain_model_path:
-            path, ignore = self.cfg.pretrain_model_path, self.cfg.finetune_ignore
-            report = load_weights(self.model, path, strict=False, ignore=ignore)
+        if path := cfg.pretrain_model_path:
+            report = load_weights(self.model, path, strict=False, ignore=cfg.finetune_ignore)
             logger.info("%s:\n%s", path, report)
-        elif self.cfg.pretrained_backbone:
-            load_backbone(
-                self.model.backbone[0],
-                self.cfg.backbone,
-                self.cfg.backbone_weights,
-                self.cfg.backbone_dir,
-            )
+        elif cfg.pretrained_backbone:
+            name, path, directory = cfg.backbone, cfg.backbone_weights, cfg.backbone_dir
+            load_backbone(self.model.backbone[0], name, path, directory)
         if self.ema:
             self.ema.load_state_dict(self.model.state_dict())
 
@@ -228,7 +225,7 @@ class Run:
         self.scaler.load_state_dict(checkpoint["scaler"])
         for name in ("trained", "seconds", "best_ap", "matches"):
             setattr(self, name, checkpoint[name])
-        self.averages.load_state_dict(checkpoint["averages"])
+        self.averages.join([checkpoint["averages"]])
         images = lambda cfg, processes: cfg["batch_size"] * cfg["accumulate"] * processes
         before = images(checkpoint["config"], len(checkpoint["rng"]))
         now = images(dataclasses.asdict(self.cfg), world_size())
@@ -253,16 +250,16 @@ class Run:
         cfg, epoch = self.cfg, self.epoch + 1
         loader.dataset.set_epoch(epoch)
         loader.batch_sampler.epoch, loader.batch_sampler.start = epoch, self.step * cfg.accumulate
-        begun, before = time.monotonic(), self.seconds
-        saved = begun
+        begun = saved = time.monotonic()
+        before = self.seconds
 
         def wishes() -> list[bool]:
             minutes = (time.monotonic() - saved) / 60
             return [rank() == 0 and minutes > cfg.save_every_minutes, stop.signum != 0]
 
-        def after_step(step: int, wished: list[bool]) -> None:
+        def after_step(wished: list[bool]) -> None:
             nonlocal saved
-            self.step, self.seconds = step + 1, before + time.monotonic() - begun
+            self.seconds = before + time.monotonic() - begun
             if any(wished):
                 self.save()
                 saved = time.monotonic()
@@ -270,16 +267,7 @@ class Run:
                 raise Stopped(stop.signum)
 
         try:
-            self.trained = train_one_epoch(
-                *(self.parallel, self.criterion, loader, self.optimizer, self.device, epoch, cfg),
-                scaler=self.scaler,
-                step_scheduler=self.scheduler if self.every_step else None,
-                ema=self.ema if epoch >= cfg.ema_epoch else None,
-                averages=self.averages,
-                first_step=self.step,
-                wishes=wishes,
-                after_step=after_step,
-            )
+            self.trained = train_one_epoch(self, loader, wishes, after_step)
         except NonFiniteLoss as e:
             if not cfg.output_dir:
                 raise
@@ -297,18 +285,15 @@ class Run:
     def train(self, train_loader: DataLoader, val_loader: DataLoader, stop: StopRequest) -> None:
         """Train and evaluate every epoch that is left, and log each once."""
         cfg, first = self.cfg, self.epoch + 1 - (self.trained is not None)
-        self.parallel: nn.Module = self.model
         if world_size() > 1:
-            self.parallel = DistributedDataParallel(
-                self.model, broadcast_buffers=has_batch_norm(self.model)
-            )
+            norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
+            self.parallel = DistributedDataParallel(self.model, broadcast_buffers=bool(norms))
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        together = f" in {world_size()} processes" if world_size() > 1 else ""
         logger.info(
-            "%s on %s%s: %d classes, %.1f M trained parameters, %d training images, %d to evaluate",
-            *(cfg.modelname, self.device),
-            f" in {world_size()} processes" if world_size() > 1 else "",
-            *(self.class_map.num_classes, trained / 1e6),
-            *(len(train_loader.dataset), len(val_loader.dataset)),
+            f"{cfg.modelname} on {self.device}{together}: {self.class_map.num_classes} classes, "
+            f"{trained / 1e6:.1f} M trained parameters, {len(train_loader.dataset)} training "
+            f"images, {len(val_loader.dataset)} to evaluate"
         )
         log = RunLog(cfg.output_dir, first) if cfg.output_dir and rank() == 0 else None
         begun = time.monotonic()
@@ -334,10 +319,10 @@ class Run:
                 self.copy(f"checkpoint{epoch:04}.pth")
             average = (time.monotonic() - begun) / (epoch + 1 - first)
             left = timedelta(seconds=int(average * (cfg.epochs - epoch - 1)))
+            ap, ap50 = stats["test_coco_eval_bbox"][:2]
             logger.info(
-                "epoch %d: loss %.3f, AP %.3f, AP50 %.3f, %.1f images/s, left %s",
-                *(epoch, done["loss"], *stats["test_coco_eval_bbox"][:2]),
-                *(done["images_per_second"], left),
+                f"epoch {epoch}: loss {done['loss']:.3f}, AP {ap:.3f}, AP50 {ap50:.3f}, "
+                f"{done['images_per_second']:.1f} images/s, left {left}"
             )
         if log:
             log.close()
@@ -352,8 +337,7 @@ class Run:
             evaluator, matching = CocoEvaluator(loader.dataset), None
             if self.cfg.log_matching and model is self.model:
                 matching = MatchingLog(self.criterion.matcher, self.matches)
-            parts = (model, self.criterion, self.postprocess, loader, evaluator, self.device)
-            found = evaluate(*parts, self.cfg, matching=matching)
+            found = evaluate(self, model, loader, evaluator, matching=matching)
             self.matches = matching.matches if matching else self.matches
             stats |= {f"{prefix}_{k}": v for k, v in found.items()}
             logger.info("%s\n%s", prefix, evaluator.table())
@@ -363,11 +347,6 @@ class Run:
             if self.cfg.save_results and self.cfg.output_dir:
                 write_results(evaluator, Path(self.cfg.output_dir) / "results.json")
         return stats
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether it has statistics that change, and that the processes have to share."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
 def write_results(evaluator: CocoEvaluator, path: Path) -> None:
@@ -433,7 +412,6 @@ def evaluate_only(cfg: Config, device: torch.device) -> None:
             (output_dir / "eval.json").write_text(json.dumps(stats, indent=2) + "\n")
         return
     evaluator = CocoEvaluator(dataset)
-    parts = (run.model, run.criterion, run.postprocess, loader, evaluator, device)
-    evaluate(*parts, cfg, annotated=False)
+    evaluate(run, run.model, loader, evaluator, annotated=False)
     name = f"detections_test-dev2017_{cfg.modelname}_results.json"
     write_results(evaluator, output_dir / name)

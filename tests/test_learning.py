@@ -10,9 +10,9 @@ from datasets.coco import build_dataset, collate
 from datasets.coco_eval import CocoEvaluator
 from datasets.toy import make_toy_coco
 from engine import evaluate, train_one_epoch
-from models import build_model
+from trainer import Run
 from util.config import load_config
-from util.optim import build_optimizer, build_scheduler
+from util.logging import Averages
 
 ROUNDS, STEPS = 8, 100
 
@@ -31,16 +31,11 @@ def test_overfits_eight_images(tmp_path: Path):
     sampler = RandomSampler(dataset, replacement=True, num_samples=STEPS * cfg.batch_size)
     train_loader = DataLoader(dataset, cfg.batch_size, sampler=sampler, collate_fn=collate)
     test_loader = DataLoader(dataset, cfg.batch_size, collate_fn=collate)
-    model, criterion, postprocess = build_model(cfg)
-    optimizer = build_optimizer(model, cfg)
-    scheduler, _ = build_scheduler(optimizer, cfg, STEPS)
-    device, scaler = torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False)
+    run = Run(cfg, torch.device("cpu"), dataset.class_map, STEPS)
     for epoch in range(ROUNDS):
-        stats = train_one_epoch(
-            *(model, criterion, train_loader, optimizer, device, epoch, cfg, scaler, scheduler)
-        )
-        parts = (model, criterion, postprocess, test_loader, CocoEvaluator(dataset), device, cfg)
-        ap50 = evaluate(*parts)["coco_eval_bbox"][1]
+        stats = train_one_epoch(run, train_loader)
+        run.epoch, run.step, run.averages = epoch, 0, Averages()
+        ap50 = evaluate(run, run.model, test_loader, CocoEvaluator(dataset))["coco_eval_bbox"][1]
         print(f"after {STEPS * (epoch + 1)} steps: loss {stats['loss']:.2f}, AP50 {ap50:.3f}")
         if ap50 >= 0.9:
             return

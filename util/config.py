@@ -5,9 +5,8 @@ An option is given as a flag (`--lr 1e-4`), as an assignment in a config file (`
 of the released code. Later wins: defaults, config file, `--options`, flags.
 """
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import runpy
@@ -16,6 +15,7 @@ import typing
 from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,9 @@ MODELS = {
     "dino": "dino_4scale_r50",
 }
 
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-OTHERS = (  # backbones of models/swin.py and models/convnext.py
-    "swin_T_224_1k",
-    "swin_B_224_22k",
-    "swin_B_384_22k",
-    "swin_L_224_22k",
-    "swin_L_384_22k",
-    "convnext_xlarge_22k",
-)
+DILATED = ("resnet50", "resnet101")  # backbones that can keep their last stage at stride 16
+SWINS = "swin_T_224_1k", "swin_B_224_22k", "swin_B_384_22k", "swin_L_224_22k", "swin_L_384_22k"
+BACKBONES = ("resnet18", "resnet34", *DILATED, *SWINS, "convnext_xlarge_22k")
 
 # Released spellings of today's options.
 ALIASES = {
@@ -74,12 +68,7 @@ RETIRED = {
 
 
 def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] | None = None,
-    low: float | None = None,
-    high: float | None = None,
+    default: Any, help: str, choices: Sequence[str] = (), low: float = -inf, high: float = inf
 ):
     """A field of the config; a number is at least `low` and at most `high`."""
     metadata = {"help": help, "choices": choices, "low": low, "high": high}
@@ -93,10 +82,7 @@ class ModelOptions:
     """model"""
 
     modelname: str = option("dn_dab_detr", "which model", choices=list(MODELS))
-    backbone: str = option(
-        "resnet50",
-        f"resnet18, 34, 50 or 101, {', '.join(OTHERS)}, or timm/NAME for any timm model",
-    )
+    backbone: str = option("resnet50", f"{', '.join(BACKBONES)}, or timm/NAME for any timm model")
     dilation: bool = option(False, "DC5: the last backbone stage keeps stride 16")
     batch_norm_type: str = option(
         "FrozenBatchNorm2d",
@@ -109,12 +95,8 @@ class ModelOptions:
     pretrained_backbone: bool = option(True, "begin with ImageNet weights, and freeze the stem")
     backbone_weights: str = option("", "local file of those weights, in place of the download")
     backbone_dir: str = option("", "directory of the Swin and ConvNeXt authors' files")
-    backbone_freeze_keywords: list[str] = option(
-        [], "freeze the backbone's parameters with one of these in their names"
-    )
-    use_checkpoint: bool = option(
-        False, "Swin, ConvNeXt: compute blocks twice in training, to save memory"
-    )
+    backbone_freeze_keywords: list[str] = option([], "freeze parameters with these in their names")
+    use_checkpoint: bool = option(False, "Swin, ConvNeXt: save memory, computing blocks twice")
     hidden_dim: int = option(256, "width of the transformer, D", low=8)
     nheads: int = option(8, "attention heads", low=1)
     enc_layers: int = option(6, "encoder layers", low=0)
@@ -143,17 +125,11 @@ class ModelOptions:
         "anchors from tokens and learned content",
         choices=["static", "pure", "mixed"],
     )
-    look_forward_twice: bool = option(
-        False, "a decoder layer's box also trains the layer before it; released as --use_lft"
-    )
+    look_forward_twice: bool = option(False, "a layer's box trains the layer before it, too")
     dec_pred_class_embed_share: bool = option(False, "one class head for all decoder layers")
     dec_pred_bbox_embed_share: bool = option(False, "one box head for all decoder layers")
-    two_stage_class_embed_share: bool = option(
-        False, "DINO: the encoder's tokens are scored by the decoder's class head"
-    )
-    two_stage_bbox_embed_share: bool = option(
-        False, "DINO: the encoder's tokens are refined by the decoder's box head"
-    )
+    two_stage_class_embed_share: bool = option(False, "DINO: encoder and decoder share class heads")
+    two_stage_bbox_embed_share: bool = option(False, "DINO: encoder and decoder share box heads")
     num_select: int = option(300, "detections kept of an image", low=1)
 
 
@@ -168,21 +144,14 @@ class DenoisingOptions:
     dn_number: int = option(
         5,
         "denoising groups; with --contrastive and from 100 on, about so many queries (DINO: pairs "
-        "of queries) in all, under that still groups, in DINO twice as many; released as --scalar",
+        "of queries) in all, under that still groups, in DINO twice as many",
         low=0,
     )
     dn_labelbook_size: int | None = option(
         None, "DINO: labels that denoising can embed; by default num_classes", low=1
     )
-    dn_label_noise_ratio: float = option(
-        0.2,
-        "part of the labels that are drawn anew; released as --label_noise_scale",
-        low=0,
-        high=1,
-    )
-    dn_box_noise_scale: float = option(
-        0.4, "box noise, 1 reaching the box's own edge; released as --box_noise_scale", low=0
-    )
+    dn_label_noise_ratio: float = option(0.2, "part of the labels drawn anew", low=0, high=1)
+    dn_box_noise_scale: float = option(0.4, "box noise, 1 reaching the box's own edge", low=0)
 
 
 @dataclass
@@ -272,16 +241,12 @@ class RunOptions:
     save_checkpoint_interval: int = option(10, "keep a checkpoint every so many epochs", low=1)
     save_every_minutes: float = option(30, "save within an epoch, too, every so often", low=0)
     keep_checkpoints: int = option(
-        2,
-        "checkpoints kept: checkpoint.pth, and those before it as checkpoint_previous_N.pth",
-        low=1,
+        2, "checkpoints kept: checkpoint.pth, and those before it, checkpoint_previous_N.pth", low=1
     )
     world_size: int = option(1, "processes, one a device; torchrun and Slurm tell it", low=1)
     rank: int = option(0, "which of the processes this is; torchrun and Slurm tell it", low=0)
     dist_url: str = option("env://", "where the processes meet, e.g. tcp://HOST:PORT")
-    dist_timeout: float = option(
-        15, "minutes after which a process that hangs ends the others", low=0.01
-    )
+    dist_timeout: float = option(15, "minutes that a process may hang before all end", low=0.01)
     eval: bool = option(False, "evaluate on val2017 and stop")
     test: bool = option(False, "write detections on test2017 for the evaluation server and stop")
     eval_per_class: bool = option(False, "print AP by class as well")
@@ -289,8 +254,7 @@ class RunOptions:
     log_matching: bool = option(
         False,
         "log, for every decoder layer, how many queries of a validation image are matched to "
-        "another object than an epoch before, and how far anchors are from their objects; "
-        "released as --match_unstable_error",
+        "another object than an epoch before, and how far anchors are from their objects",
     )
     debug: bool = option(False, "a few steps an epoch, to see whether everything works")
 
@@ -302,39 +266,29 @@ class Config(RunOptions, TrainingOptions, DataOptions, LossOptions, DenoisingOpt
     def __post_init__(self):
         for f in dataclasses.fields(self):
             check_limits(f, getattr(self, f.name))
-        if self.hidden_dim % self.nheads or self.hidden_dim % 4:
-            raise UserError(
-                f"hidden_dim: {self.hidden_dim} is not a multiple of 4 and of nheads, {self.nheads}"
-            )
         check_backbone(self.backbone, self.dilation)
-        if self.use_dn and not self.modelname.startswith(("dn_", "dino")):
-            raise UserError(f"use_dn: {self.modelname} has no denoising part; use -m dn_dab_detr")
-        if len(self.data_aug_scales) == 0 or len(self.return_interm_indices) == 0:
+        name, levels = self.modelname, len(self.return_interm_indices)
+        if self.hidden_dim % self.nheads or self.hidden_dim % 4:
+            wanted = f"a multiple of 4 and of nheads, {self.nheads}"
+            raise UserError(f"hidden_dim: {self.hidden_dim} is not {wanted}")
+        if self.use_dn and not name.startswith(("dn_", "dino")):
+            raise UserError(f"use_dn: {name} has no denoising part; use -m dn_dab_detr")
+        if not self.data_aug_scales or not levels:
             raise UserError("data_aug_scales and return_interm_indices need at least one number")
-        dense_queries = self.modelname in ("dab_detr", "dn_dab_detr") or "only" in self.modelname
-        if dense_queries and (self.query_selection != "static" or self.look_forward_twice):
-            raise UserError(
-                f"query_selection, look_forward_twice: {self.modelname} has neither; use dino"
-            )
-        if self.num_feature_levels < len(self.return_interm_indices):
-            raise UserError(
-                f"num_feature_levels: {self.num_feature_levels} is less than the "
-                f"{len(self.return_interm_indices)} levels of return_interm_indices"
-            )
+        if name in ("dab_detr", "dn_dab_detr") or "only" in name:
+            if self.query_selection != "static" or self.look_forward_twice:
+                raise UserError(f"query_selection, look_forward_twice: {name} has neither")
+        elif self.num_patterns:
+            raise UserError(f"num_patterns: {name} has no patterns, dn_dab_detr has")
+        if self.num_feature_levels < levels:
+            few = f"{self.num_feature_levels} is less than the {levels} levels"
+            raise UserError(f"num_feature_levels: {few} of return_interm_indices")
         if self.onecyclelr and self.multi_step_lr:
             raise UserError("onecyclelr and multi_step_lr exclude each other")
 
 
-GROUPS = (
-    ModelOptions,
-    DenoisingOptions,
-    LossOptions,
-    DataOptions,
-    TrainingOptions,
-    RunOptions,
-)
+GROUPS = Config.__bases__[::-1]
 METAVARS = {bool: "BOOL", int: "N", float: "X", str: "TEXT"}
-TYPES = typing.get_type_hints(Config)
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
 
@@ -345,12 +299,9 @@ def check_backbone(name: str, dilation: bool) -> None:
         if not timm.is_model(name.removeprefix("timm/")):
             known = [f"timm/{m}" for m in timm.list_models()]
             raise UserError(f"backbone: timm has no model {name}{nearest(name, known)}")
-    elif name in OTHERS and dilation:
-        raise UserError(f"dilation: {name} has no dilated last stage (DC5), resnet50 has")
-    elif name not in (*RESNETS, *OTHERS):
-        known = (*RESNETS, *OTHERS)
-        raise UserError(f"backbone: unknown {name}{nearest(name, known)} Or use timm/NAME")
-    elif dilation and name in ("resnet18", "resnet34"):
+    elif name not in BACKBONES:
+        raise UserError(f"backbone: unknown {name}{nearest(name, BACKBONES)} Or use timm/NAME")
+    elif dilation and name not in DILATED:
         raise UserError(f"dilation: {name} has no dilated last stage (DC5), resnet50 has")
 
 
@@ -358,13 +309,11 @@ def check_limits(f: dataclasses.Field, value: Any) -> None:
     choices, low, high = f.metadata["choices"], f.metadata["low"], f.metadata["high"]
     for v in value if isinstance(value, list) else [value]:
         if choices and v not in choices:
-            raise UserError(
-                f"{f.name}: {v!r} is not one of {', '.join(choices)}{nearest(v, choices)}"
-            )
-        if v is not None and low is not None and not v >= low:
-            raise UserError(f"{f.name}: {v} is less than {low}")
-        if v is not None and high is not None and not v <= high:
-            raise UserError(f"{f.name}: {v} is more than {high}")
+            known = f"{', '.join(choices)}{nearest(v, choices)}"
+            raise UserError(f"{f.name}: {v!r} is not one of {known}")
+        if isinstance(v, int | float) and not low <= v <= high:
+            wrong = f"more than {high}" if v > high else f"less than {low}"
+            raise UserError(f"{f.name}: {v} is {wrong}")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -385,15 +334,13 @@ def parse_value(name: str, value: Any) -> Any:
         return convert(name, bool, value)
     if name == "modelname":
         value = MODEL_ALIASES.get(value, value)
-    kind = TYPES[name]
+    kind = FIELDS[name].type
     if isinstance(kind, types.UnionType):
         if value is None or str(value).lower() in ("none", "null"):
             return None
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is list:
-        items = value
-        if isinstance(value, str):
-            items = [value]
+        items = [value] if isinstance(value, str) else value
         if len(items) == 1 and isinstance(items[0], str):
             items = [x.strip(" '\"") for x in items[0].strip("[]() ").split(",") if x.strip()]
         return [convert(name, typing.get_args(kind)[0], item) for item in items]
@@ -402,23 +349,17 @@ def parse_value(name: str, value: Any) -> Any:
 
 def convert(name: str, kind: type, value: Any) -> Any:
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
-    error = UserError(f"{name}: {value!r} is not {wanted}")
-    if kind is bool:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if str(value).lower() not in words:
-            raise error
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if kind is bool and str(value).lower() in words:
         return words[str(value).lower()]
-    if kind is str:
-        if not isinstance(value, str):
-            raise error
+    if kind is str and isinstance(value, str):
         return value
-    try:
-        number = literal_eval(value.strip()) if isinstance(value, str) else value
-        if isinstance(number, bool) or kind(number) != number:
-            raise error
-    except (ValueError, SyntaxError, TypeError, OverflowError):
-        raise error from None
-    return kind(number)
+    if kind in (int, float):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, OverflowError):
+            number = literal_eval(value.strip()) if isinstance(value, str) else value
+            if not isinstance(number, bool) and kind(number) == number:
+                return kind(number)
+    raise UserError(f"{name}: {value!r} is not {wanted}")
 
 
 def known_name(name: str, where: str) -> str | None:
@@ -495,57 +436,48 @@ class Parser(argparse.ArgumentParser):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give `parser` -c, --options and a flag for every option of the config."""
-    parser.add_argument("-c", "--config_file", metavar="FILE", help="config file, see configs/")
-    parser.add_argument(
-        "--options", nargs="+", default=[], metavar="K=V", help="config values, e.g. lr=2e-4"
-    )
+    add = parser.add_argument
+    add("-c", "--config_file", metavar="FILE", help="config file, see configs/")
+    add("--options", nargs="+", default=[], metavar="K=V", help="config values, e.g. lr=2e-4")
     spellings: dict[str, list[str]] = {"modelname": ["-m"]}
     for old, new in ALIASES.items():
         spellings.setdefault(new, []).append(f"--{old}")
     for group in GROUPS:
         section = parser.add_argument_group(group.__doc__)
-        for name in group.__annotations__:
-            f, kind = FIELDS[name], TYPES[name]
+        for f in (FIELDS[name] for name in group.__annotations__):
             default = f.default_factory() if f.default is dataclasses.MISSING else f.default
             text = f.metadata["help"].replace("%", "%%")
             if f.metadata["choices"]:
                 text += f" [{', '.join(f.metadata['choices'])}]"
-            if kind is not bool and default not in ("", None):
+            if f.type is not bool and default not in ("", None):
                 text += f" (default: {default})"
-            flags = [*spellings.get(name, []), f"--{name}"]
-            element, *_ = typing.get_args(kind) or (kind,)
-            extra: dict[str, Any] = {"metavar": METAVARS[element]}
-            if kind is bool:
+            element, *_ = typing.get_args(f.type) or (f.type,)
+            extra: dict[str, Any] = {"dest": f.name, "metavar": METAVARS[element], "help": text}
+            if f.type is bool:
                 extra |= {"nargs": "?", "const": True}
-            elif typing.get_origin(kind) is list:
+            elif typing.get_origin(f.type) is list:
                 extra["nargs"] = "*"
-            if kind is bool and default:
-                off = f"switch off: {text}"
-                section.add_argument(f"--no_{name}", dest=name, action="store_false", help=off)
-                section.add_argument(*flags, dest=name, help=argparse.SUPPRESS, **extra)
-            else:
-                section.add_argument(*flags, dest=name, help=text, **extra)
+            if f.type is bool and default:
+                off, extra["help"] = f"switch off: {text}", argparse.SUPPRESS
+                section.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", help=off)
+            section.add_argument(*spellings.get(f.name, []), f"--{f.name}", **extra)
     parser.set_defaults(**dict.fromkeys(FIELDS))
     for name in (*RETIRED, *SELECTION_SWITCHES):
-        parser.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
+        add(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
 
 
-def parse_command_line(argv: Sequence[str] | None = None, prog: str = "main.py") -> Config:
+def parse_command_line(argv: Sequence[str] | None = None) -> Config:
     """The config a command line asks for; `--help` prints and exits, mistakes are UserErrors."""
+    models = ", ".join(f"{m} = configs/{c}.py" for m, c in MODELS.items())
     parser = Parser(
-        prog=prog,
-        usage=f"{prog} [-m NAME | -c FILE] [--OPTION VALUE ...]",
+        prog="main.py",
+        usage="main.py [-m NAME | -c FILE] [--OPTION VALUE ...]",
         description="Train and evaluate DAB-DETR, DN-DETR and DINO on data in COCO format.",
-        epilog="-m NAME alone means that model's published settings: "
-        + ", ".join(f"{m} = configs/{c}.py" for m, c in MODELS.items()),
+        epilog=f"-m NAME alone means that model's published settings: {models}",
         allow_abbrev=False,
     )
     add_options(parser)
     args, unknown = parser.parse_known_args(argv)
-    return config_from_args(args, unknown)
-
-
-def config_from_args(args: argparse.Namespace, unknown: Sequence[str]) -> Config:
     for word in unknown:
         if word.startswith("-"):
             known_name(word.lstrip("-").split("=")[0], "command line")
@@ -556,10 +488,8 @@ def config_from_args(args: argparse.Namespace, unknown: Sequence[str]) -> Config
     if path is None and "modelname" in flags:
         name = MODEL_ALIASES.get(flags["modelname"], flags["modelname"])
         if name not in MODELS:
-            raise UserError(
-                f"-m: there is no model {name}{nearest(name, list(MODELS))} "
-                f"Known: {', '.join(MODELS)}"
-            )
+            near = nearest(name, list(MODELS))
+            raise UserError(f"-m: there is no model {name}{near} Known: {', '.join(MODELS)}")
         path = CONFIG_DIR / f"{MODELS[name]}.py"
     overrides = {}
     for pair in args.options:

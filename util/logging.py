@@ -7,7 +7,7 @@ import logging
 import resource
 import sys
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -38,29 +38,21 @@ class Averages:
     """Means over an epoch, each value weighted by the number of images it speaks for."""
 
     def __init__(self):
-        self.sums: dict[str, float] = defaultdict(float)
-        self.weights: dict[str, float] = defaultdict(float)
+        self.sums, self.weights = Counter(), Counter()  # by name
 
     def update(self, values: dict[str, float], weight: float = 1.0) -> None:
-        for name, value in values.items():
-            self.sums[name] += weight * value
-            self.weights[name] += weight
+        self.sums.update({name: weight * value for name, value in values.items()})
+        self.weights.update(dict.fromkeys(values, weight))
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         return {"sums": dict(self.sums), "weights": dict(self.weights)}
 
-    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        self.sums.update(state["sums"])
-        self.weights.update(state["weights"])
-
-    def join(self, others: Sequence[Averages]) -> None:
-        """Take over what several averages, of other processes, hold together."""
-        sums, weights = defaultdict(float), defaultdict(float)
-        for other in others:
-            for name, total in other.sums.items():
-                sums[name] += total
-                weights[name] += other.weights[name]
-        self.sums, self.weights = sums, weights
+    def join(self, parts: Sequence[dict[str, dict[str, float]]]) -> None:
+        """Take over what the `state_dict`s of several averages hold together."""
+        self.sums, self.weights = Counter(), Counter()
+        for part in parts:
+            self.sums.update(part["sums"])
+            self.weights.update(part["weights"])
 
     def means(self) -> dict[str, float]:
         return {name: total / self.weights[name] for name, total in self.sums.items()}
@@ -93,9 +85,8 @@ class Progress:
                 shown = time.perf_counter()
                 left = timedelta(seconds=int((shown - self.start) / done * (self.total - done)))
                 logger.info(
-                    "%s  %d/%d  %s  %.1f images/s  left %s  memory %.0f MB",
-                    *(self.title, done, self.total, self.note, self.images_per_second),
-                    *(left, peak_memory_mb()),
+                    f"{self.title}  {done}/{self.total}  {self.note}  {self.images_per_second:.1f} "
+                    f"images/s  left {left}  memory {peak_memory_mb():.0f} MB"
                 )
             if done == self.total:
                 break
