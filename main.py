@@ -1,7 +1,5 @@
 """Train, evaluate or test a detector: `python main.py --help`."""
 
-from __future__ import annotations
-
 import logging
 import re
 import signal

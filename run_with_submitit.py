@@ -7,8 +7,6 @@ One task is started for each GPU. When the time is up or the job is preempted, i
 step, goes back into the queue, and goes on from that step.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

@@ -1,7 +1,5 @@
 """A training run: what it is made of, its loop, and how it is saved and taken up to the step."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import fcntl

@@ -1,7 +1,5 @@
 """Backbones: an image batch in, feature maps of chosen levels out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import timm

@@ -3,8 +3,6 @@
 Without stochastic depth, which DINO's released training leaves out here.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

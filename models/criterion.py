@@ -1,7 +1,5 @@
 """The losses of every decoder layer, and of the denoising part where there is one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

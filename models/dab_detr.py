@@ -1,7 +1,5 @@
 """DAB-DETR (Liu et al. 2022) and DN-DETR (Li et al. 2022) on one feature level, dense attention."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from util.config import Config

@@ -3,8 +3,6 @@ DN-Deformable-DETR (Li et al. 2022) and DINO (Zhang et al. 2022). What they diff
 where queries come from, and the denoising; encoder and decoder are the same.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What all detectors have in common: their heads, their denoising and their forward pass."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -13,8 +13,6 @@ trained to restore it; no matching is needed there, so the targets are stable fr
 Needs nothing of this package but `util.box_ops`, and runs on any device and in any dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,12 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from util.box_ops import (
-    box_cxcywh_to_xyxy,
-    box_losses,
-    box_xyxy_to_cxcywh,
-    inverse_sigmoid,
-)
+from util.box_ops import box_cxcywh_to_xyxy, box_losses, box_xyxy_to_cxcywh, inverse_sigmoid
 
 
 @dataclass
@@ -136,14 +129,11 @@ def prepare_for_dn(
         return content, anchors, None, None
 
     group_size = max(len(t["labels"]) for t in targets)
-    objects = _repeat(targets, num_groups, group_size, anchors)
-    noisy_labels = add_label_noise(objects.labels, label_enc.num_embeddings - 1, label_noise_ratio)
-    noisy_boxes = add_box_noise(objects.boxes, box_noise_scale)
-    where = objects.image, objects.query
-    supervised = torch.zeros(batch_size, num_groups * group_size, device=anchors.device).bool()
-    supervised[where] = True
-    dn = Denoising(num_groups, where, objects.labels, where, objects.boxes, supervised)
-    known = label_enc(noisy_labels), inverse_sigmoid(noisy_boxes)
+    labels, boxes, where = _repeat(targets, num_groups, group_size, anchors)
+    supervised = _true_at(where, batch_size, num_groups * group_size)
+    dn = Denoising(num_groups, where, labels, where, boxes, supervised)
+    noisy_labels = add_label_noise(labels, label_enc.num_embeddings - 1, label_noise_ratio)
+    known = label_enc(noisy_labels), add_box_noise(boxes, box_noise_scale)
     return _put_in_front(content, anchors, known, where, dn)
 
 
@@ -170,19 +160,16 @@ def prepare_for_cdn(
     """
     largest = max(len(t["labels"]) for t in targets)
     num_groups = contrastive_groups(num_denoising, largest)
-    objects = _repeat(targets, num_groups, 2 * largest, anchors)
-    near = objects.image, objects.query
-    far = objects.image, objects.query + largest
-    num_classes = num_classes or label_enc.num_embeddings - 1
-    noisy_labels = add_label_noise(objects.labels.repeat(2), num_classes, label_noise_ratio / 2)
-    noisy_boxes = [add_corner_noise(objects.boxes, box_noise_scale, neg) for neg in (False, True)]
+    labels, boxes, near = _repeat(targets, num_groups, 2 * largest, anchors)
+    image, query = near
     # Also the places left free in images with fewer objects are called background, as released.
-    supervised = torch.ones(
-        len(anchors), num_groups * 2 * largest, dtype=torch.bool, device=anchors.device
-    )
-    dn = Denoising(num_groups, near, objects.labels, near, objects.boxes, supervised)
-    known = label_enc(noisy_labels), inverse_sigmoid(torch.cat(noisy_boxes))
-    where = tuple(torch.cat(pair) for pair in zip(near, far, strict=True))
+    supervised = torch.ones(len(anchors), num_groups * 2 * largest, device=anchors.device).bool()
+    dn = Denoising(num_groups, near, labels, near, boxes, supervised)
+    num_classes = num_classes or label_enc.num_embeddings - 1
+    noisy_labels = add_label_noise(labels.repeat(2), num_classes, label_noise_ratio / 2)
+    noisy_boxes = [add_corner_noise(boxes, box_noise_scale, negative) for negative in (False, True)]
+    known = label_enc(noisy_labels), torch.cat(noisy_boxes)
+    where = image.repeat(2), torch.cat([query, query + largest])
     return _put_in_front(content, anchors, known, where, dn)
 
 
@@ -209,31 +196,18 @@ def prepare_for_cdn_of_dn_detr(
     doubled = [
         {k: t[k].repeat(2, *[1] * (t[k].dim() - 1)) for k in ("labels", "boxes")} for t in targets
     ]
-    group_size = 2 * max(counts)
-    objects = _repeat(doubled, num_groups, group_size, anchors)
-    device = anchors.device
+    group_size, device = 2 * max(counts), anchors.device
+    labels, boxes, where = _repeat(doubled, num_groups, group_size, anchors)
     is_object = torch.cat([torch.arange(2 * n) < n for n in counts]).repeat(num_groups).to(device)
     is_near = (torch.arange(2 * sum(counts)) < sum(counts)).repeat(num_groups).to(device)
+    to_label, to_box = (tuple(x[chosen] for x in where) for chosen in (is_object, is_near))
+    supervised = _true_at(where, len(anchors), num_groups * group_size)
+    dn = Denoising(num_groups, to_label, labels[is_object], to_box, boxes[is_near], supervised)
     nothing = label_enc.num_embeddings - 1
-    noisy_labels = add_label_noise(objects.labels, nothing, label_noise_ratio)
+    noisy_labels = add_label_noise(labels, nothing, label_noise_ratio)
     noisy_labels = noisy_labels.masked_fill(~(is_object & is_near), nothing)
-    noisy_boxes = torch.where(
-        is_near[:, None],
-        add_corner_noise(objects.boxes, box_noise_scale, False),
-        add_corner_noise(objects.boxes, box_noise_scale, True),
-    )
-    where = objects.image, objects.query
-    supervised = torch.zeros(len(anchors), num_groups * group_size, device=device).bool()
-    supervised[where] = True
-    dn = Denoising(
-        num_groups,
-        tuple(x[is_object] for x in where),
-        objects.labels[is_object],
-        tuple(x[is_near] for x in where),
-        objects.boxes[is_near],
-        supervised,
-    )
-    known = label_enc(noisy_labels), inverse_sigmoid(noisy_boxes)
+    near, far = (add_corner_noise(boxes, box_noise_scale, negative) for negative in (False, True))
+    known = label_enc(noisy_labels), torch.where(is_near[:, None], near, far)
     return _put_in_front(content, anchors, known, where, dn)
 
 
@@ -245,25 +219,25 @@ def contrastive_groups(num_denoising: int, largest: int) -> int:
     return max(num_denoising, 1)
 
 
-@dataclass
-class _Objects:
-    labels: Tensor  # (N,)
-    boxes: Tensor  # (N, 4)
-    image: Tensor  # (N,)
-    query: Tensor  # (N,)
-
-
 def _repeat(
     targets: Sequence[dict[str, Tensor]], num_groups: int, group_size: int, anchors: Tensor
-) -> _Objects:
-    """All objects once for each group, and the first places of the group that they take."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Labels (N,) and boxes (N, 4) of all objects once for each group, and their places, the first
+    of each group: image (N,) and query (N,)."""
     counts = [len(t["labels"]) for t in targets]
     labels = torch.cat([t["labels"] for t in targets]).repeat(num_groups)
     boxes = torch.cat([t["boxes"] for t in targets]).to(anchors.dtype).repeat(num_groups, 1)
     image = torch.arange(len(targets)).repeat_interleave(torch.tensor(counts)).repeat(num_groups)
     place = torch.cat([torch.arange(n) for n in counts])
     query = (place + group_size * torch.arange(num_groups)[:, None]).flatten()
-    return _Objects(labels, boxes, image.to(anchors.device), query.to(anchors.device))
+    return labels, boxes, (image.to(anchors.device), query.to(anchors.device))
+
+
+def _true_at(where: tuple[Tensor, Tensor], *size: int) -> Tensor:
+    """A bool tensor that is True at `where` alone."""
+    flags = torch.zeros(size, dtype=torch.bool, device=where[0].device)
+    flags[where] = True
+    return flags
 
 
 def _put_in_front(
@@ -273,22 +247,18 @@ def _put_in_front(
     where: tuple[Tensor, Tensor],
     dn: Denoising,
 ) -> tuple[Tensor, Tensor, Tensor | None, Denoising]:
-    """Known label embeddings and anchors as queries before the matching ones, and the mask."""
+    """Known label embeddings and boxes as queries before the matching ones, and the mask."""
     batch_size, num_matching, dim = content.shape
     dn_content = content.new_zeros(batch_size, dn.num_queries, dim)
     dn_content[where] = with_indicator(known[0], dim, 1.0).to(content.dtype)
     dn_anchors = anchors.new_zeros(batch_size, dn.num_queries, 4)
-    dn_anchors[where] = known[1]
-    mask = None
-    if dn.num_queries:
-        group_size = dn.num_queries // dn.num_groups
-        mask = group_mask(dn.num_groups, group_size, num_matching, anchors.device)
-    return (
-        torch.cat([dn_content, content], dim=1),
-        torch.cat([dn_anchors, anchors], dim=1),
-        mask,
-        dn,
-    )
+    dn_anchors[where] = inverse_sigmoid(known[1])
+    content = torch.cat([dn_content, content], dim=1)
+    anchors = torch.cat([dn_anchors, anchors], dim=1)
+    if dn.num_queries == 0:
+        return content, anchors, None, dn
+    group_size = dn.num_queries // dn.num_groups
+    return content, anchors, group_mask(dn.num_groups, group_size, num_matching, anchors.device), dn
 
 
 def dn_post_process(logits: Tensor, boxes: Tensor, dn: Denoising | None) -> tuple[Tensor, Tensor]:
@@ -322,13 +292,8 @@ def compute_dn_loss(
     boxes = dn.pred_boxes[(slice(None), *dn.to_box)].float()
     loss_bbox, loss_giou = box_losses(boxes, dn.boxes.float())
     num = max(len(dn.labels), 1) if num_boxes is None else num_boxes * dn.num_groups
-    return by_layer(
-        {
-            "loss_ce_dn": loss_ce.sum((1, 2, 3)) / num,
-            "loss_bbox_dn": loss_bbox.sum(1) / num,
-            "loss_giou_dn": loss_giou.sum(1) / num,
-        }
-    )
+    sums = {"ce": loss_ce.sum((1, 2, 3)), "bbox": loss_bbox.sum(1), "giou": loss_giou.sum(1)}
+    return by_layer({f"loss_{name}_dn": total / num for name, total in sums.items()})
 
 
 def by_layer(losses: dict[str, Tensor]) -> dict[str, Tensor]:

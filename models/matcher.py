@@ -1,7 +1,5 @@
 """The assignment of targets to queries that costs least (DETR, Carion et al. 2020, section 3.1)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

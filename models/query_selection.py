@@ -4,8 +4,6 @@ Static: content and anchors are learned. Pure: both come from the encoder's toke
 like an object. Mixed, DINO's own: the anchors come from those tokens, the content is learned.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

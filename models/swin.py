@@ -4,8 +4,6 @@ Its parts are timm's; parameters bear the names of the authors' checkpoints, whi
 ones keep.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed

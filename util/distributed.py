@@ -1,7 +1,5 @@
 """Processes that train together: how they find each other, what they exchange, their seeds."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """What a run says and leaves to read: progress, averages, log.txt and TensorBoard files."""
 
-from __future__ import annotations
-
 import json
 import logging
 import resource

@@ -1,7 +1,5 @@
 """The optimiser, its parameter groups and the learning-rate schedules of the published runs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 
