@@ -1,16 +1,14 @@
 """What a checkpoint costs: `python benchmarks/bench_checkpoint.py` prints seconds and bytes.
 
 Builds a published model with AdamW's state as after a step, writes its checkpoint several times, on
-the file system of --directory, and reads it back.
+the file system of --directory, and reads it back as often.
 """
-
-from __future__ import annotations
 
 import argparse
 import statistics
 import sys
 import tempfile
-import time
+import timeit
 from pathlib import Path
 
 import torch
@@ -34,18 +32,12 @@ def main() -> None:
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     run.optimizer.step()
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-        path, times = Path(directory) / "checkpoint.pth", {"save": [], "read": []}
-        for _ in range(args.repetitions):
-            begun = time.perf_counter()
-            save_checkpoint(path, run.state_dict(), keep=2)
-            saved = time.perf_counter()
-            read_checkpoint(path)
-            times["save"].append(saved - begun)
-            times["read"].append(time.perf_counter() - saved)
-        size = path.stat().st_size
-    for name, seconds in times.items():
-        print(f"{name}: {statistics.median(seconds):.2f} s (median of {args.repetitions})")
-    print(f"size: {size:,} bytes")
+        path = Path(directory) / "checkpoint.pth"
+        save = lambda: save_checkpoint(path, run.state_dict(), keep=2)
+        for name, step in (("save", save), ("read", lambda: read_checkpoint(path))):
+            seconds = statistics.median(timeit.repeat(step, repeat=args.repetitions, number=1))
+            print(f"{name}: {seconds:.2f} s (median of {args.repetitions})")
+        print(f"size: {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Times multi-scale deformable attention: our backends, grid_sample, and torch-ms-deform-attn.
 
-    python benchmarks/bench_ms_deform_attn.py                 # on the CPU
+    python benchmarks/bench_ms_deform_attn.py                 # on the CPU, OMP_NUM_THREADS threads
     python benchmarks/bench_ms_deform_attn.py --device cuda   # on a GPU, in fp32 and bf16
 
 Every contestant gets the same tensors, and all must agree before any is timed. Repetitions are
 interleaved, so that whatever else the machine does meets all alike; a time is their median. The
-machine's ceilings, copying memory and multiplying matrices, are measured in the same run: bytes and
-operations that no implementation can avoid, at these rates, are the floor.
+floor is what the bytes and operations that no implementation can avoid take at the machine's
+ceilings, copying memory and multiplying matrices, which are measured in the same run.
 
-The two sets of locations: `near` has each query look around its reference point, as a trained model
-does, at a spread of 4 pixels of each level; `anywhere` is uniform over the image.
+Locations: `near` has each query look around its reference point, as a trained model does, at a
+spread of 4 pixels of each level; `anywhere` is uniform over the image.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from timeit import timeit
 
 import torch
 import torch.nn.functional as F
@@ -125,9 +126,7 @@ def disagreement(runs: dict[str, Callable]) -> float:
 
 def milliseconds(run: Callable, device: str) -> float:
     if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return round(1e3 * (time.perf_counter() - start), 4)
+        return round(1e3 * timeit(run, number=1), 4)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -160,16 +159,11 @@ def find_floor(tensors: list[Tensor], direction: str, device: str, repetitions: 
     n = 2048 if device == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=device).to(grad.dtype)
     runs = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
-    times = time_all(runs, device, repetitions)
-    copy, product = (1e-3 * statistics.median(values) for values in times.values())
-    n_bytes = moved * grad.element_size()
-    ms = {"bytes": 1e3 * copy, "multiply_adds": 1e3 * product * adds / n**3}
-    return {
-        "bytes": n_bytes,
-        "multiply_adds": adds,
-        "ceilings": {"bytes_per_s": n_bytes / copy, "multiply_adds_per_s": n**3 / product},
-        "floor_ms": {**ms, "sum": sum(ms.values())},
-    }
+    copy, product = map(statistics.median, time_all(runs, device, repetitions).values())
+    n_bytes, arithmetic = moved * grad.element_size(), product * adds / n**3
+    per_s = {"bytes_per_s": 1e3 * n_bytes / copy, "multiply_adds_per_s": 1e3 * n**3 / product}
+    floor = {"bytes": copy, "multiply_adds": arithmetic, "sum": copy + arithmetic}
+    return {"bytes": n_bytes, "multiply_adds": adds, "ceilings": per_s, "floor_ms": floor}
 
 
 def peak_memory(function: Callable, shape: tuple) -> float:
@@ -241,13 +235,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repetitions", type=int, default=15, help="of each time; at least 7")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: what torch takes")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/")
     args = parser.parse_args()
     if args.repetitions < 7:
         parser.error("--repetitions must be at least 7")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     contestants = find_contestants(args.device)
     package = importlib.metadata.version(PACKAGE) if PACKAGE in contestants else None
     versions = {"python": platform.python_version(), "torch": torch.__version__, PACKAGE: package}

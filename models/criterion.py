@@ -80,18 +80,12 @@ class SetCriterion(nn.Module):
         onehot.index_put_((layer, image, query, labels), matched, accumulate=True)
         loss_ce = sigmoid_focal_loss(logits, onehot, self.focal_alpha)
         loss_bbox, loss_giou = box_losses(boxes[layer, image, query], target_boxes)
-        losses = by_layer(
-            {
-                "loss_ce": loss_ce.sum((1, 2, 3)) / num_boxes,
-                "loss_bbox": (loss_bbox * matched).sum(1) / num_boxes,
-                "loss_giou": (loss_giou * matched).sum(1) / num_boxes,
-            }
-        )
+        sums = loss_ce.sum((1, 2, 3)), (loss_bbox * matched).sum(1), (loss_giou * matched).sum(1)
+        losses = by_layer({k: total / num_boxes for k, total in zip(TERMS, sums, strict=True)})
         with torch.no_grad():
             hit = logits[-1, image, query[-1]].argmax(-1) == labels
             losses["class_error"] = 100 - 100 * hit.float().sum() / max(len(labels), 1)
-            confident = (logits[-1].sigmoid().amax(-1) > 0.5).sum(1).float()
-            losses["cardinality_error"] = (
-                (confident - torch.tensor(counts).to(confident)).abs().mean()
-            )
+            confident = (logits[-1].sigmoid().amax(-1) > 0.5).sum(1)
+            excess = confident - torch.tensor(counts).to(confident)
+            losses["cardinality_error"] = excess.abs().float().mean()
         return losses

@@ -5,18 +5,11 @@ import torch
 from . import native
 from .ms_deform_attn import choose_backend
 
-
-def main() -> None:
-    print("reference  PyTorch, always there")
-    for backend in ("cpp", "cuda"):
-        try:
-            print(f"{backend:<9}  {native.load(backend)._name}")
-        except native.Unavailable as problem:
-            print(f"{backend:<9}  absent: {problem}")
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for device in devices:
-        print(f"tensors on {device} use: {choose_backend(torch.device(device))}")
-
-
-if __name__ == "__main__":
-    main()
+print("reference  PyTorch, always there")
+for backend in ("cpp", "cuda"):
+    try:
+        print(f"{backend:<9}  {native.load(backend)._name}")
+    except native.Unavailable as problem:
+        print(f"{backend:<9}  absent: {problem}")
+for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+    print(f"tensors on {device} use: {choose_backend(torch.device(device))}")

@@ -10,13 +10,13 @@ import math
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import native
 from .reference import ms_deform_attn_reference, ms_deform_attn_reference_backward
 
-# The arguments and their axes.
-_AXES = {
+_AXES = {  # of the arguments
     "value": "BSMD",
     "spatial_shapes": "L2",
     "level_start_index": "L",
@@ -72,18 +72,17 @@ def _check(*inputs: Tensor) -> None:
     """Types, devices and shapes; the sizes B, S, M, D, Q, L, P are read off as they first occur."""
     value, sizes = inputs[0], {"2": 2}
     for (name, axes), tensor in zip(_AXES.items(), inputs, strict=True):
-        integral = name in ("spatial_shapes", "level_start_index")
-        if integral and tensor.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, not {tensor.dtype}")
-        if not integral and tensor.dtype not in native.TYPE_CODES:
+        if name in ("spatial_shapes", "level_start_index"):
+            if tensor.dtype != torch.int64:
+                raise TypeError(f"{name} must be int64, not {tensor.dtype}")
+        elif tensor.dtype not in native.TYPE_CODES:
             raise TypeError(f"{name} must be float64, 32, 16 or bfloat16, not {tensor.dtype}")
-        if not integral and (tensor.dtype == torch.float64) != (value.dtype == torch.float64):
+        elif (tensor.dtype == torch.float64) != (value.dtype == torch.float64):
             raise TypeError(f"{name} is {tensor.dtype} beside a value of {value.dtype}")
         if tensor.device != value.device:
             raise ValueError(f"{name} is on {tensor.device}, value on {value.device}")
         pairs = zip(axes, tensor.shape, strict=False)
-        fits = tensor.dim() == len(axes) and all(sizes.setdefault(a, n) == n for a, n in pairs)
-        if not fits:
+        if tensor.dim() != len(axes) or any(sizes.setdefault(a, n) != n for a, n in pairs):
             wanted = ", ".join(f"{a}={sizes[a]}" if a in sizes and a != "2" else a for a in axes)
             raise ValueError(f"{name} must have shape ({wanted}), not {tuple(tensor.shape)}")
 
@@ -94,80 +93,77 @@ def choose_backend(device: torch.device) -> str:
 
     Raises RuntimeError where the forced one is unknown, absent, or made for another device.
     """
-    forced = os.environ.get(_VARIABLE)
-    if forced:
-        if forced not in BACKENDS:
-            raise RuntimeError(f"{_VARIABLE}={forced}: choose one of {', '.join(BACKENDS)}")
-        if forced != "reference":
-            try:
-                native.load(forced)
-            except native.Unavailable as error:
-                raise RuntimeError(f"{_VARIABLE}={forced}: {error}") from error
-            if forced != _COMPILED.get(device.type):
-                raise RuntimeError(f"{_VARIABLE}={forced} cannot work on tensors on {device}")
-        return forced
-    return _default_backend(device.type)
+    return _choose(os.environ.get(_VARIABLE), device.type)
 
 
 @functools.cache
-def _default_backend(device_type: str) -> str:
-    backend = _COMPILED.get(device_type)
-    if backend is None:
-        return "reference"
+def _choose(forced: str | None, device_type: str) -> str:
+    if forced and forced not in BACKENDS:
+        raise RuntimeError(f"{_VARIABLE}={forced}: choose one of {', '.join(BACKENDS)}")
+    compiled = _COMPILED.get(device_type, "reference")
+    backend = forced or compiled
+    if backend == "reference":
+        return backend
     try:
         native.load(backend)
     except native.Unavailable as error:
+        if forced:
+            raise RuntimeError(f"{_VARIABLE}={forced}: {error}") from error
         _log.warning("deformable attention runs on its slow PyTorch reference: %s", error)
         return "reference"
+    if backend != compiled:
+        raise RuntimeError(f"{_VARIABLE}={forced} cannot work on tensors on {device_type}")
     _log.info("deformable attention runs on its compiled backend, %s", backend)
     return backend
 
 
 # The operator, as torch.compile and torch.export see it. Which backend runs is decided in the call.
 
-_TENSORS = ", ".join(f"Tensor {name}" for name in _AXES)
-torch.library.define("dn_dino::ms_deform_attn", f"({_TENSORS}) -> Tensor")
-torch.library.define(
-    "dn_dino::ms_deform_attn_backward",
-    f"(Tensor grad_output, {_TENSORS}) -> (Tensor, Tensor, Tensor)",
-)
+_OP = "dn_dino::ms_deform_attn"
+_BACKWARD_OP = f"{_OP}_backward"
+_INPUTS = ", ".join(f"Tensor {name}" for name in _AXES)
+torch.library.define(_OP, f"({_INPUTS}) -> Tensor")
+torch.library.define(_BACKWARD_OP, f"(Tensor grad_output, {_INPUTS}) -> (Tensor, Tensor, Tensor)")
 
 
-@torch.library.impl("dn_dino::ms_deform_attn", "default")
+@torch.library.impl(_OP, "default")
 def _forward(*inputs):
-    value, spatial_shapes, level_start_index, locations, _ = inputs
-    _check_levels(value, spatial_shapes, level_start_index)
-    if value.numel() == 0 or locations.numel() == 0:
+    _check_levels(*inputs[:3])
+    if any(t.numel() == 0 for t in inputs):
         return _fake_forward(*inputs).zero_()
-    backend = choose_backend(value.device)
+    backend = choose_backend(inputs[0].device)
     if backend == "reference":
         return ms_deform_attn_reference(*inputs)
     return native.forward(backend, *inputs)
 
 
-@torch.library.impl("dn_dino::ms_deform_attn_backward", "default")
+@torch.library.impl(_BACKWARD_OP, "default")
 def _backward(grad_output, *inputs):
-    value, _, _, locations, weights = inputs
-    if value.numel() == 0 or locations.numel() == 0:
-        return torch.zeros_like(value), torch.zeros_like(locations), torch.zeros_like(weights)
-    backend = choose_backend(value.device)
-    if backend == "cuda":
-        _alert_not_deterministic()
+    if any(t.numel() == 0 for t in inputs):
+        return tuple(grad.zero_() for grad in _fake_backward(grad_output, *inputs))
+    backend = choose_backend(inputs[0].device)
     if backend == "reference":
         return ms_deform_attn_reference_backward(grad_output, *inputs)
+    if backend == "cuda" and torch.are_deterministic_algorithms_enabled():  # as torch's own do
+        problem = (
+            "the backward of ms_deform_attn on CUDA adds in no fixed order;"
+            f" {_VARIABLE}=reference leaves that to torch's own operators"
+        )
+        if not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(problem)
+        _log.warning(problem)
     return native.backward(backend, grad_output, *inputs)
 
 
-@torch.library.register_fake("dn_dino::ms_deform_attn")
+@torch.library.register_fake(_OP)
 def _fake_forward(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
     B, _, M, D = value.shape
     return value.new_empty(B, sampling_locations.shape[1], M * D)
 
 
-@torch.library.register_fake("dn_dino::ms_deform_attn_backward")
+@torch.library.register_fake(_BACKWARD_OP)
 def _fake_backward(grad_output, *inputs):
-    value, _, _, locations, weights = inputs
-    return tuple(t.new_empty(t.shape) for t in (value, locations, weights))
+    return tuple(t.new_empty(t.shape) for t in (inputs[0], *inputs[3:]))
 
 
 def _differentiate(ctx, grad_output):
@@ -176,16 +172,13 @@ def _differentiate(ctx, grad_output):
 
 
 def _refuse_second_derivative(ctx, *grads):
-    problem = "ms_deform_attn has no second derivative"
-    raise RuntimeError(f"{problem}: its gradients cannot be differentiated again")
+    raise RuntimeError("ms_deform_attn has no second derivative: differentiate it once")
 
 
 torch.library.register_autograd(
-    "dn_dino::ms_deform_attn",
-    _differentiate,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    _OP, _differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
 )
-torch.library.register_autograd("dn_dino::ms_deform_attn_backward", _refuse_second_derivative)
+torch.library.register_autograd(_BACKWARD_OP, _refuse_second_derivative)
 
 
 def _check_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
@@ -201,18 +194,6 @@ def _check_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tens
         end = start + height * width
     if end > value.shape[1]:
         raise ValueError(f"spatial_shapes needs {end} rows, value has {value.shape[1]}")
-
-
-def _alert_not_deterministic() -> None:
-    """What torch's own operators do that add with atomics."""
-    if torch.are_deterministic_algorithms_enabled():
-        message = (
-            "the backward of ms_deform_attn on CUDA adds in no fixed order;"
-            f" {_VARIABLE}=reference leaves that to torch's own operators"
-        )
-        if not torch.is_deterministic_algorithms_warn_only_enabled():
-            raise RuntimeError(message)
-        _log.warning(message)
 
 
 class MSDeformAttn(nn.Module):
@@ -238,15 +219,14 @@ class MSDeformAttn(nn.Module):
         self.output_proj = nn.Linear(d_model, d_model)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Sets the initial values that the class describes."""
         angle = torch.arange(self.n_heads) * (2 * math.pi / self.n_heads)
-        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
-        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+        direction = F.normalize(torch.stack([angle.cos(), angle.sin()], dim=1), p=math.inf)
         distance = torch.arange(1, self.n_points + 1)
         offsets = (direction[:, None, None] * distance[:, None]).expand(-1, self.n_levels, -1, -1)
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_(offsets.flatten())
+        self.sampling_offsets.bias.copy_(offsets.flatten())
         for constant in (self.sampling_offsets.weight, *self.attention_weights.parameters()):
             nn.init.zeros_(constant)
         for projection in (self.value_proj, self.output_proj):

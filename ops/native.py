@@ -16,6 +16,7 @@ BUILD_COMMAND = "make op (or: pip install ./ops)"
 _ABI = 1  # of the C functions; a library that returns another number is out of date
 TYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _LIBRARIES = {"cpp": "ms_deform_attn_cpu", "cuda": "ms_deform_attn_cuda"}
+_CPU_ERRORS = {1: "out of memory", 2: "a head of value has 2**31 elements or more"}
 
 
 class Unavailable(RuntimeError):
@@ -41,6 +42,8 @@ def load(backend: str) -> ctypes.CDLL:
     options = [ctypes.c_int, ctypes.c_int64]
     if backend == "cuda":
         options = [*[ctypes.c_int] * 3, ctypes.c_void_p]
+        library.error = library.ms_deform_attn_cuda_error
+        library.error.restype = ctypes.c_char_p
     for direction, tensors in (("forward", 6), ("backward", 9)):
         function = getattr(library, f"{name}_{direction}")
         function.argtypes = options + [ctypes.c_void_p] * tensors + [ctypes.c_int64] * 7
@@ -57,24 +60,20 @@ def _folders() -> list[Path]:
 
 def forward(backend: str, *inputs: Tensor) -> Tensor:
     """The op's output; inputs as `ops.ms_deform_attn` has them, none of them empty."""
-    value, *_ = prepared = _prepare(backend, *inputs)
-    B, _, M, D = value.shape
-    output = value.new_empty(B, inputs[3].shape[1], M * D)
-    _call(backend, "forward", prepared, output)
+    value, _, _, locations, _ = prepared = _prepare(backend, *inputs)
+    output = value.new_empty(len(value), locations.shape[1], value.shape[2] * value.shape[3])
+    _call(backend, "forward", *prepared, output)
     return output.to(inputs[0].dtype)
 
 
 def backward(backend: str, grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of value, sampling locations and attention weights, in their types."""
     value, shapes, _, locations, weights = prepared = _prepare(backend, *inputs)
-    if backend == "cuda":  # added up by atomics, in full precision
-        grad_value = torch.zeros_like(value, dtype=_accumulator(value))
-    elif int(shapes.prod(dim=1).sum()) < value.shape[1]:  # rows that no level writes
-        grad_value = torch.zeros_like(value)
-    else:
-        grad_value = torch.empty_like(value)
-    grads = grad_value, torch.empty_like(locations), torch.empty_like(weights)
-    _call(backend, "backward", prepared, grad_output.to(value.dtype).contiguous(), *grads)
+    # CUDA adds to the gradient of value, in full precision; C++ writes the rows of each level.
+    covered = backend == "cpp" and int(shapes.prod(dim=1).sum()) == value.shape[1]
+    new = torch.empty_like if covered else torch.zeros_like
+    grads = new(value, dtype=_accumulator(value)), *map(torch.empty_like, (locations, weights))
+    _call(backend, "backward", *prepared, grad_output.to(value.dtype).contiguous(), *grads)
     return tuple(g.to(x.dtype) for g, x in zip(grads, (inputs[0], *inputs[3:]), strict=True))
 
 
@@ -96,24 +95,17 @@ def _prepare(backend: str, *inputs: Tensor) -> list[Tensor]:
     return [t.contiguous() for t in (value, shapes, starts, locations, weights)]
 
 
-def _call(backend: str, direction: str, prepared: list[Tensor], *others: Tensor) -> None:
+def _call(backend: str, direction: str, *tensors: Tensor) -> None:
+    """Calls the library with the five inputs and what else it reads and writes."""
     library = load(backend)
-    value, _, _, locations, _ = prepared
+    value, _, _, locations, *_ = tensors
     sizes = *value.shape, locations.shape[1], *locations.shape[3:5]  # B, S, M, D, Q, L, P
     if backend == "cpp":
         options = value.dtype == torch.float64, torch.get_num_threads()
     else:
         stream = torch.cuda.current_stream(value.device).cuda_stream
         options = TYPE_CODES[value.dtype], TYPE_CODES[locations.dtype], value.device.index, stream
-    pointers = (tensor.data_ptr() for tensor in (*prepared, *others))
-    code = getattr(library, direction)(*options, *pointers, *sizes)
-    if code:
-        raise RuntimeError(f"ms_deform_attn, {direction} of {backend}: {_reason(backend, code)}")
-
-
-def _reason(backend: str, code: int) -> str:
-    if backend == "cpp":
-        return {1: "out of memory", 2: "a head of value has 2**31 elements or more"}[code]
-    message = load(backend).ms_deform_attn_cuda_error
-    message.restype = ctypes.c_char_p
-    return message(code).decode()
+    pointers = (tensor.data_ptr() for tensor in tensors)
+    if code := getattr(library, direction)(*options, *pointers, *sizes):
+        reason = _CPU_ERRORS[code] if backend == "cpp" else library.error(code).decode()
+        raise RuntimeError(f"ms_deform_attn, {direction} of {backend}: {reason}")

@@ -31,10 +31,6 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler", "-fPIC", "-share
 USUAL_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
-class Unfit(Exception):
-    """Why the CUDA kernel is not built; the message says what would help."""
-
-
 class Build(build_ext):
     """Compiles each library with one command; without CUDA, the CPU's alone."""
 
@@ -49,7 +45,7 @@ class Build(build_ext):
             try:
                 nvcc = find_nvcc()
                 self.compile([nvcc, *NVCC_FLAGS, *architecture_flags(nvcc)], extension)
-            except (Unfit, CompileError) as reason:
+            except CompileError as reason:
                 self.extensions.remove(extension)
                 print(f"\nThe CUDA kernel is not built. {reason}\nThe CPU kernel is.\n", flush=True)
 
@@ -65,19 +61,18 @@ class Build(build_ext):
 
 
 def find_nvcc() -> str:
-    """The compiler of a CUDA toolkit that fits torch, or Unfit."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [os.path.join(home, "bin", "nvcc") for home in homes if home]
-    candidates.insert(-1, shutil.which("nvcc"))
-    nvcc = next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+    """The compiler of a CUDA toolkit that fits torch; CompileError says what would help."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [f"{home}/bin" for home in homes] + [os.environ["PATH"], "/usr/local/cuda/bin"]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if nvcc is None:
-        raise Unfit("There is no CUDA toolkit here (nvcc); CUDA_HOME can name one.")
+        raise CompileError("There is no CUDA toolkit here (nvcc); CUDA_HOME can name one.")
     toolkit = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))[1]
     torch, cuda = torch_versions()
     if torch and not cuda:
-        raise Unfit(f"torch {torch} is a build for the CPU; install a build for CUDA to use a GPU.")
+        raise CompileError(f"torch {torch} is for the CPU; install a build for CUDA to use a GPU.")
     if cuda and int(toolkit.split(".")[0]) > int(cuda.split(".")[0]):
-        raise Unfit(
+        raise CompileError(
             f"The toolkit at {nvcc} is CUDA {toolkit}, but torch {torch} is built for CUDA {cuda},"
             " whose drivers need not run what a newer toolkit compiles. Either install CUDA toolkit"
             f" {cuda} (conda install -c nvidia cuda-toolkit={cuda}, or NVIDIA's installer) and set"
@@ -115,10 +110,10 @@ def architecture_flags(nvcc: str) -> list[str]:
     for name in wanted:
         match = re.fullmatch(r"(\d+)\.(\d+)([a-z]?)(\+PTX)?", name)
         if match is None:
-            raise Unfit(f"TORCH_CUDA_ARCH_LIST names {name!r}; write it as in '8.0;9.0+PTX'.")
+            raise CompileError(f"TORCH_CUDA_ARCH_LIST has {name!r}; write it as in '8.0;9.0+PTX'.")
         number = match[1] + match[2]
         if number not in known:
-            raise Unfit(
+            raise CompileError(
                 f"{nvcc} cannot compile for compute capability {name}; it knows"
                 f" {', '.join(known)}. Install a toolkit that does and set CUDA_HOME to it."
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ops import BACKENDS, MSDeformAttn, choose_backend, ms_deform_attn, native
-from ops.ms_deform_attn import _default_backend
+from ops.ms_deform_attn import _choose
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [(7, 5), (3, 4), (1, 2), (2, 1), (4, 3)]
@@ -397,10 +397,10 @@ def test_deterministic_algorithms_are_not_promised_on_a_gpu(monkeypatch):
 def fresh_choice():
     """Forgets which libraries were loaded, before and after the test."""
     native.load.cache_clear()
-    _default_backend.cache_clear()
+    _choose.cache_clear()
     yield
     native.load.cache_clear()
-    _default_backend.cache_clear()
+    _choose.cache_clear()
 
 
 @pytest.fixture

@@ -10,6 +10,6 @@ def test_a_line_of_the_table_sums_up_a_log():
     first = {**line, "test_coco_eval_bbox": [0.1, 0.2, 0.3]}
     last = {**line, "train_images_per_second": 40.0, "epoch_time": "1:00:00"}
     last["test_coco_eval_bbox"] = [0.4567, 0.7, 0.3]
-    name, config, *figures = row("dino", [first, last])
+    name, config, *figures = row("dino", [first, last]).strip("| \n").split(" | ")
     assert (name, config) == ("`dino`", "`configs/toy/dino.py`")
     assert [float(figure) for figure in figures] == pytest.approx([1.2, 0.457, 0.7, 61.5, 35])

@@ -5,17 +5,13 @@
 from any directory. The file holds "model", "epoch" (the last complete one) and "args", as theirs
 do, and the labels' "class_map", which their code passes over and main.py and inference.py read.
 Weights keep their names, which are the released ones. "optimizer" and "lr_scheduler" are left out:
-the authors' models list their parameters in another order, by which alone a saved optimiser tells
-them apart, so that it would move each weight by another's past. Their code evaluates such a file
-and begins a training with its weights; it cannot go on with the training that made it.
+a saved optimiser tells parameters apart by their order alone, and the authors' is another. Their
+code evaluates such a file or begins a training with it, but cannot go on with the one that made it.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -56,7 +52,7 @@ def export(path: str | Path, ema: bool = False) -> dict:
     return {"model": weights, "args": released_args(load_config(overrides=cfg)), **kept}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Exit status: 0; 2 for a mistake of the user."""
     description = "Write a checkpoint of main.py in the authors' released format."
     epilog = "It holds no optimiser: their code evaluates it or fine-tunes it, but cannot go on."

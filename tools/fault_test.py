@@ -7,8 +7,6 @@ Weights, average, optimiser and random state have to be the same bit for bit, an
 have every epoch once with the same losses. So many kills take about ten minutes on two CPU cores.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -42,15 +40,9 @@ def start(processes: int, data: Path, out: Path, epochs: int) -> subprocess.Pope
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     paths = ["--coco_path", str(data), "--output_dir", str(out), "--resume", "auto"]
     command = [*launcher, "main.py", *MODEL, *paths, "--epochs", str(epochs)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -106,10 +98,9 @@ def test(kills: int, processes: int, directory: Path, generator: random.Random) 
                 break
             os.killpg(process.pid, signal.SIGKILL)
             hit += 1
-    found = latest_checkpoint(killed)
-    where = (
-        f"in epoch {found[1]['epoch'] + 1}, step {found[1]['step']}" if found else "at the start"
-    )
+    where = "at the start"
+    if found := latest_checkpoint(killed):
+        where = f"in epoch {found[1]['epoch'] + 1}, step {found[1]['step']}"
     print(f"{processes} processes: {hit} of {kills} kills before the end, the last {where}")
     finish(start(processes, data, killed, epochs))
     return compare(whole, killed)
@@ -124,12 +115,11 @@ def main() -> int:
     status = 0
     for processes in args.processes:
         with tempfile.TemporaryDirectory() as directory:
-            generator = random.Random(args.seed)
-            problems = test(args.kills, processes, Path(directory), generator)
+            problems = test(args.kills, processes, Path(directory), random.Random(args.seed))
         print(f"{processes} processes: " + ("the same end" if not problems else "DIFFERENT"))
         print("".join(f"  {problem}\n" for problem in problems[:20]), end="")
-        status = status or bool(problems)
-    return int(status)
+        status |= bool(problems)
+    return status
 
 
 if __name__ == "__main__":

@@ -5,16 +5,15 @@
 `make zoo` draws the data set first. A run that was stopped goes on.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAD = ("model", "config", "M parameters", "AP", "AP50", "minutes", "images/s")
+HEAD = "| model | config | M parameters | AP | AP50 | minutes | images/s |\n" + "| --- " * 7 + "|\n"
 
 
 def minutes(epoch_time: str) -> float:
@@ -23,15 +22,16 @@ def minutes(epoch_time: str) -> float:
     return 60 * hours + whole + seconds / 60
 
 
-def row(name: str, lines: list[dict]) -> list[str]:
+def row(name: str, lines: list[dict]) -> str:
     """A line of the table, from the lines of a run's log.txt."""
     last = lines[-1]
-    speed = sum(line["train_images_per_second"] for line in lines) / len(lines)
-    return [
-        *(f"`{name}`", f"`configs/toy/{name}.py`", f"{last['n_parameters'] / 1e6:.1f}"),
-        *(f"{figure:.3f}" for figure in last["test_coco_eval_bbox"][:2]),
-        *(f"{sum(minutes(line['epoch_time']) for line in lines):.1f}", f"{speed:.0f}"),
-    ]
+    ap, ap50, *_ = last["test_coco_eval_bbox"]
+    total = sum(minutes(line["epoch_time"]) for line in lines)
+    speed = fmean(line["train_images_per_second"] for line in lines)
+    return (
+        f"| `{name}` | `configs/toy/{name}.py` | {last['n_parameters'] / 1e6:.1f} | {ap:.3f} |"
+        f" {ap50:.3f} | {total:.1f} | {speed:.0f} |\n"
+    )
 
 
 def main() -> int:
@@ -39,17 +39,15 @@ def main() -> int:
     parser.add_argument("--coco_path", required=True, metavar="DIR", help="the toy data set")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="a run each goes here")
     args = parser.parse_args()
-    names = sorted(p.stem for p in (ROOT / "configs/toy").glob("*.py") if p.stem != "base")
-    rows = [list(HEAD), ["---"] * len(HEAD)]
-    for name in names:
+    table = HEAD
+    for name in sorted(p.stem for p in (ROOT / "configs/toy").glob("*.py") if p.stem != "base"):
         out = Path(args.output_dir).resolve() / name
         config = ["-c", str(ROOT / f"configs/toy/{name}.py"), "--resume", "auto"]
         paths = ["--coco_path", str(Path(args.coco_path).resolve()), "--output_dir", str(out)]
         command = [sys.executable, str(ROOT / "main.py"), *config, *paths]
         if status := subprocess.run(command).returncode:
             return status  # it has said why
-        rows.append(row(name, [json.loads(line) for line in (out / "log.txt").open()]))
-    table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+        table += row(name, [json.loads(line) for line in (out / "log.txt").open()])
     (Path(args.output_dir) / "table.md").write_text(table)
     print(table, end="")
     return 0
