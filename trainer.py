@@ -38,14 +38,7 @@ from util.checkpoint import (
     set_rng_state,
 )
 from util.config import Config
-from util.distributed import (
-    by_first,
-    gather,
-    rank,
-    seed_everything,
-    take_from_first,
-    world_size,
-)
+from util.distributed import by_first, gather, rank, seed_everything, take_from_first, world_size
 from util.ema import ModelEma
 from util.errors import UserError
 from util.logging import Averages, RunLog
@@ -53,6 +46,8 @@ from util.optim import build_optimizer, build_scheduler
 from util.signals import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
+
+PROGRESS = ("epoch", "step", "trained", "seconds", "best_ap", "matches")  # of a run; see `Run`
 
 
 def prepare_output_dir(cfg: Config, argv: Sequence[str] | None = None) -> Path | None:
@@ -154,19 +149,13 @@ class Run:
 
     def state_dict(self) -> dict:
         """What a checkpoint holds. All processes have to ask for it together."""
-        return {
+        return {name: getattr(self, name) for name in PROGRESS} | {
             "model": self.model.state_dict(),
             "ema_model": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
             "averages": self.averages.state_dict(),
-            "trained": self.trained,
-            "seconds": self.seconds,
-            "best_ap": self.best_ap,
-            "matches": self.matches,
             "rng": gather(rng_state()),  # of every process
             "config": dataclasses.asdict(self.cfg),
             "class_map": self.class_map.state_dict(),
@@ -221,7 +210,7 @@ class Run:
             )
         self.scheduler.load_state_dict(schedule)
         self.scaler.load_state_dict(checkpoint["scaler"])
-        for name in ("trained", "seconds", "best_ap", "matches"):
+        for name in PROGRESS:
             setattr(self, name, checkpoint[name])
         self.averages.join([checkpoint["averages"]])
         images = lambda cfg, processes: cfg["batch_size"] * cfg["accumulate"] * processes

@@ -14,11 +14,7 @@ NOT_HIDDEN = re.compile("embed|label_enc|bias_table|sampling_offsets|attention_w
 MUON_RATE = 3  # times that of AdamW; measured on the toy data set, where 5 is as good
 MUON_MOMENTUM = 0.95
 # Of three Newton-Schulz iterations (Cesista 2025); five, as usual, learn no faster on that set.
-COEFFICIENTS = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-)
+COEFFICIENTS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037))
 
 
 def orthogonal(x: Tensor) -> Tensor:
