@@ -7,13 +7,11 @@ In a notebook, with `read_image` of datasets.coco and `draw_boxes` of util.visua
     draw_boxes(image, **result, names=detector.class_map.names)
 """
 
-from __future__ import annotations
-
-import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +29,6 @@ from util.config import CONFIG_DIR, MODELS, Config, Parser, load_config
 from util.distributed import choose_device
 from util.errors import UserError
 from util.logging import setup_logging
-from util.nested_tensor import nested_tensor_from_tensor_list
 from util.visualize import draw_boxes, side_by_side
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -59,9 +56,9 @@ class Detector:
         """
         transform = eval_transforms(self.cfg.data_aug_scales, self.cfg.data_aug_max_size)
         device = next(self.model.parameters()).device
-        batch = nested_tensor_from_tensor_list([transform(tv_tensors.Image(i)) for i in images])
+        outputs = self.model([transform(tv_tensors.Image(image)).to(device) for image in images])
         sizes = torch.tensor([image.shape[-2:] for image in images])
-        results = self.postprocess(self.model(batch.to(device)), sizes.to(device))
+        results = self.postprocess(outputs, sizes.to(device))
         for i, size in enumerate(sizes.tolist()):
             found = {key: value.cpu() for key, value in results[i].items()}
             found["boxes"] = clip_boxes_to_image(found["boxes"], size)
@@ -72,10 +69,7 @@ class Detector:
 
 
 def load_detector(
-    path: str | Path,
-    config: str | Path | None = None,
-    device: torch.device | str = "cpu",
-    ema: bool = False,
+    path: str | Path, config: str | Path = "", device: str | torch.device = "cpu", ema: bool = False
 ) -> Detector:
     """A detector from a checkpoint. `ema`: take the averaged weights.
 
@@ -83,7 +77,7 @@ def load_detector(
     UserError where the checkpoint cannot be read, or config or weights do not fit.
     """
     checkpoint = read_checkpoint(path)
-    if config is None and "config" not in checkpoint:
+    if not config and "config" not in checkpoint:
         raise UserError(f"{path}: holds no config; name the one it was trained with, by -c or -m")
     if ema and not checkpoint.get("ema_model"):
         raise UserError(f"{path}: holds no averaged weights (ema_model); leave out --ema")
@@ -94,7 +88,7 @@ def load_detector(
         class_map = ClassMap.identity([{"id": i} for i in range(count)], count)
     else:
         class_map = ClassMap.from_state_dict(checkpoint["class_map"])
-    cfg = dataclasses.replace(cfg, num_classes=class_map.num_classes)
+    cfg = replace(cfg, num_classes=class_map.num_classes)
     model, _, postprocess = build_model(cfg)
     load_weights(model, checkpoint["ema_model"] if ema else checkpoint, source=str(path))
     return Detector(model.to(device).eval(), postprocess, cfg, class_map, nameless)
@@ -112,113 +106,98 @@ def find_images(sources: Sequence[str]) -> list[Path]:
     return paths
 
 
-def read_annotated(dataset: CocoDetection, index: int) -> tuple[int, Tensor, dict]:
-    """Id, image (3, H, W) uint8, and what is annotated, crowds too, as `draw_boxes` takes it."""
-    id_ = dataset.image_ids[index]
-    items = dataset.ground_truth({id_})["annotations"]
+def truth_of(dataset: CocoDetection, image_id: int) -> dict:
+    """What is annotated on an image, crowds too, as `draw_boxes` takes it."""
+    items = dataset.ground_truth({image_id})["annotations"]
     boxes = torch.tensor([a["bbox"] for a in items]).reshape(-1, 4)
-    truth = {
-        "boxes": box_convert(boxes, "xywh", "xyxy"),
-        "labels": [dataset.class_map.label_of[a["category_id"]] for a in items],
-        "crowd": [a["iscrowd"] for a in items],
-    }
-    return id_, dataset[index][0], truth
+    labels = [dataset.class_map.label_of[a["category_id"]] for a in items]
+    crowd = [a["iscrowd"] for a in items]
+    return {"boxes": box_convert(boxes, "xywh", "xyxy"), "labels": labels, "crowd": crowd}
 
 
 def run(
-    detector: Detector,
-    paths: Sequence[Path],
-    read: Callable[[int], tuple[int, Tensor, dict | None]],
-    output_dir: Path,
-    threshold: float,
-    batch_size: int,
-) -> dict[str, list[dict]]:
-    """Detect on images; write each drawn, beside its truth where there is one, and detections.json.
+    detector: Detector, paths: Sequence[Path], dataset: CocoDetection | None, args: Namespace
+) -> None:
+    """Detect on images; write each drawn and all of detections.json into `args.output_dir`.
 
-    `read(i)` gives the image of paths[i]: id, (3, H, W) uint8, and truth. Returns what the JSON
-    holds, which is COCO's format with scores: "images", "annotations" and "categories".
+    With a data set, `paths` are its first images, and are drawn beside their ground truth. The JSON
+    is in COCO's format with scores: "images", "annotations" and "categories".
     """
+    output_dir, threshold = args.output_dir, args.threshold
     if output_dir.resolve() in {path.parent.resolve() for path in paths}:
         raise UserError(f"output_dir: {output_dir} holds the images themselves; name another one")
     output_dir.mkdir(parents=True, exist_ok=True)
     ids, names = detector.class_map.ids, detector.class_map.names
+    title = f"predictions, score ≥ {threshold:g}"
     unique = len({path.stem for path in paths}) == len(paths)
     images, annotations = [], []
-    for start in trange(0, len(paths), batch_size, desc="detect", disable=None):
-        batch = [read(i) for i in range(start, min(start + batch_size, len(paths)))]
-        results = detector.detect([image for _, image, _ in batch], threshold)
-        rows = zip(paths[start : start + batch_size], batch, results, strict=True)
-        for path, (id_, image, truth), found in rows:
-            if truth is None:
-                picture = draw_boxes(image, **found, names=names)
+    for start in trange(0, len(paths), args.batch_size, desc="detect", disable=None):
+        positions = range(len(paths))[start : start + args.batch_size]
+        batch = [dataset[i][0] if dataset else read_image(paths[i]) for i in positions]
+        results = detector.detect(batch, threshold)
+        for i, image, found in zip(positions, batch, results, strict=True):
+            if dataset:
+                id_ = dataset.image_ids[i]
+                columns = {"ground truth": truth_of(dataset, id_), title: found}
+                picture = side_by_side(image, columns, names)
             else:
-                titles = ("ground truth", f"predictions, score ≥ {threshold:g}")
-                picture = side_by_side(image, truth, found, names, titles)
-            name = f"{path.stem}.jpg" if unique else f"{id_}_{path.stem}.jpg"
+                id_, picture = i + 1, draw_boxes(image, **found, names=names)
+            name = f"{paths[i].stem}.jpg" if unique else f"{id_}_{paths[i].stem}.jpg"
             picture.save(output_dir / name, quality=92, subsampling=0)
             size = dict(zip(("height", "width"), image.shape[-2:], strict=True))
-            images.append({"id": id_, "file_name": str(path), **size, "picture": name})
+            images.append({"id": id_, "file_name": str(paths[i]), **size, "picture": name})
             boxes = box_convert(found["boxes"].double(), "xyxy", "xywh").round(decimals=3)
-            columns = boxes, found["labels"], found["scores"]
-            for box, label, score in zip(*(c.tolist() for c in columns), strict=True):
-                object_ = {"id": len(annotations) + 1, "image_id": id_, "category_id": ids[label]}
+            rows = boxes.tolist(), found["labels"].tolist(), found["scores"].tolist()
+            for box, label, score in zip(*rows, strict=True):
+                entry = {"id": len(annotations) + 1, "image_id": id_, "category_id": ids[label]}
                 extent = {"bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-                annotations.append({**object_, **extent, "score": score})
+                annotations.append({**entry, **extent, "score": score})
     categories = [{"id": id_, "name": names[label]} for label, id_ in ids.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (output_dir / "detections.json").write_text(json.dumps(content))
-    return content
+    summary = f"{len(annotations)} detections of score {threshold} or more on {len(images)} images"
+    print(f"{output_dir}: {summary}")
 
 
-def build_parser() -> Parser:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 2 for a mistake of the user."""
+    setup_logging()
     parser = Parser("inference.py", description="Detect objects on images and draw them.")
     add = parser.add_argument
     add("--resume", required=True, metavar="FILE", help="checkpoint of the detector")
     add("--images", nargs="+", metavar="PATH", help="images and directories of images")
     add("--coco_path", metavar="DIR", help="in their place: a data set, whose val2017 is used")
     add("--num_images", type=int, default=16, metavar="N", help="how many of val2017 (16)")
-    add("--output_dir", required=True, metavar="DIR", help="pictures and detections.json go here")
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="pictures and JSON go here")
     add("--threshold", type=float, default=0.3, metavar="X", help="lowest score to show (0.3)")
     add("-c", "--config_file", metavar="FILE", help="config in place of the checkpoint's own")
     add("-m", "--modelname", choices=MODELS, help="that model's published config instead")
     add("--ema", action="store_true", help="take the averaged weights")
     add("--device", default="", help="cpu, cuda, ...; by default a GPU where there is one")
     add("--batch_size", type=int, default=1, metavar="N", help="images at once (1)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 2 for a mistake of the user."""
-    setup_logging()
     try:
-        args = build_parser().parse_args(argv)
+        args = parser.parse_args(argv)
         if bool(args.images) == bool(args.coco_path):
             raise UserError("give either --images or --coco_path")
         if min(args.num_images, args.batch_size) < 1 or not 0 <= args.threshold <= 1:
             raise UserError("num_images and batch_size are at least 1, threshold is from 0 to 1")
-        config = args.config_file
+        config = args.config_file or ""
         if args.modelname:
             config = CONFIG_DIR / f"{MODELS[args.modelname]}.py"
-        paths = find_images(args.images or [])
-        read = lambda i: (i + 1, read_image(paths[i]), None)
+        paths, dataset = find_images(args.images or []), None
         detector = load_detector(args.resume, config, choose_device(args.device), args.ema)
         if args.coco_path:
-            cfg = dataclasses.replace(detector.cfg, coco_path=args.coco_path)
-            class_map = detector.class_map
+            cfg, class_map = replace(detector.cfg, coco_path=args.coco_path), detector.class_map
             if detector.nameless:
                 class_map = partial(ClassMap.of_released, num_classes=class_map.num_classes)
             dataset = build_dataset(cfg, "val", class_map)
             dataset.transforms = lambda image, target: (image, target)  # `detect` has its own
             detector.class_map = dataset.class_map
             paths = [dataset.image_dir / name for name in dataset.file_names[: args.num_images]]
-            read = lambda i: read_annotated(dataset, i)
-        output_dir = Path(args.output_dir)
-        content = run(detector, paths, read, output_dir, args.threshold, args.batch_size)
+        run(detector, paths, dataset, args)
     except (UserError, OSError) as e:  # an OSError, of reading or writing a file, names the file
         print(f"inference.py: error: {e}", file=sys.stderr)
         return 2
-    found, images = len(content["annotations"]), len(content["images"])
-    print(f"{output_dir}: {found} detections of score {args.threshold} or more on {images} images")
     return 0
 
 

@@ -4,8 +4,6 @@ What is wrong with a data set is said when it is loaded, in one line that names 
 than hours later from inside the training loop.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -21,8 +19,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms.v2.functional import clamp_bounding_boxes
 
-from datasets.transforms import eval_transforms, train_transforms
+from datasets.transforms import DropEmptyBoxes, eval_transforms, train_transforms
 from util.errors import UserError
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
@@ -50,49 +49,48 @@ class ClassMap:
         return {category_id: label for label, category_id in self.ids.items()}
 
     @classmethod
-    def from_categories(cls, categories: list[dict], num_classes: int | None = None) -> ClassMap:
+    def from_categories(cls, categories: list[dict], num_classes: int | None = None) -> "ClassMap":
         """COCO's 80 ids, and any below 91 if 91 classes are asked for, are taken as labels, so that
         released checkpoints fit; other ids are numbered in ascending order. `num_classes` may
         exceed the number of categories; if it is smaller: UserError.
         """
-        ids = [c["id"] for c in categories]
-        is_coco = set(ids) == COCO_IDS and (num_classes or COCO_NUM_CLASSES) >= COCO_NUM_CLASSES
-        if is_coco or (num_classes == COCO_NUM_CLASSES and all(0 <= i < num_classes for i in ids)):
-            return cls.identity(categories, num_classes or COCO_NUM_CLASSES)
-        if num_classes is not None and num_classes < len(ids):
-            problem = f"num_classes is {num_classes}, but there are {len(ids)} categories"
+        ids = {c["id"] for c in categories}
+        count = num_classes or (COCO_NUM_CLASSES if ids == COCO_IDS else len(ids))
+        unchanged = cls.identity(categories, count)
+        is_coco = ids == COCO_IDS and count >= COCO_NUM_CLASSES
+        if is_coco or (count == COCO_NUM_CLASSES and ids <= set(range(count))):
+            return unchanged
+        if count < len(ids):
+            problem = f"num_classes is {count}, but there are {len(ids)} categories"
             raise UserError(f"{problem}: set num_classes to {len(ids)} or more, or leave it out")
-        ordered = enumerate(sorted(categories, key=lambda c: c["id"]))
-        return cls._from_pairs(num_classes or len(ids), ordered)
+        names = unchanged.names.values()
+        return cls(count, dict(enumerate(unchanged.ids)), dict(enumerate(names)))
 
     @classmethod
-    def identity(cls, categories: list[dict], num_classes: int) -> ClassMap:
+    def identity(cls, categories: list[dict], num_classes: int) -> "ClassMap":
         """Label = category id."""
-        return cls._from_pairs(num_classes, ((c["id"], c) for c in categories))
+        names = {c["id"]: str(c.get("name", c["id"])) for c in categories}
+        names = dict(sorted(names.items()))
+        return cls(num_classes, {i: i for i in names}, names)
 
     @classmethod
-    def of_released(cls, categories: list[dict], num_classes: int) -> ClassMap:
+    def of_released(cls, categories: list[dict], num_classes: int) -> "ClassMap":
         """For a model whose checkpoint carries no map: ids are labels, as in the released code, or
         numbered in ascending order where one of them is no label of the model."""
         if all(0 <= c["id"] < num_classes for c in categories):
             return cls.identity(categories, num_classes)
         return cls.from_categories(categories, num_classes)
 
-    @classmethod
-    def _from_pairs(cls, num_classes: int, pairs: Any) -> ClassMap:
-        pairs = sorted(pairs, key=lambda pair: pair[0])
-        ids = {label: c["id"] for label, c in pairs}
-        return cls(num_classes, ids, {label: str(c.get("name", c["id"])) for label, c in pairs})
-
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, for checkpoints and JSON."""
-        rows = [[label, category_id, self.names[label]] for label, category_id in self.ids.items()]
+        rows = [[label, id_, self.names[label]] for label, id_ in self.ids.items()]
         return {"num_classes": self.num_classes, "categories": rows}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> ClassMap:
-        categories = ((label, {"id": i, "name": name}) for label, i, name in state["categories"])
-        return cls._from_pairs(state["num_classes"], categories)
+    def from_state_dict(cls, state: dict[str, Any]) -> "ClassMap":
+        rows = state["categories"]
+        ids, names = {row[0]: row[1] for row in rows}, {row[0]: row[2] for row in rows}
+        return cls(state["num_classes"], ids, names)
 
 
 def read_image(path: str | Path, size: tuple[float, float] | None = None) -> Tensor:
@@ -128,12 +126,11 @@ class CocoDetection(torch.utils.data.Dataset):
     "orig_size" and "size": (2,) int64 (h, w) before and after the transforms}. Crowds, boxes that
     are not finite, have no area or lie outside the image are no targets; images without any stay.
 
+    class_map: the labels of an already trained model, or what makes them from the categories.
     train: augmentation is random, but a function of (seed, epoch, i) alone; an unreadable image is
     replaced by the next one, with the files passed over in the target's "skipped". With `strict`,
     or not in training, an unreadable image is a UserError.
     annotated: False for a test set, whose file has no annotations and perhaps no categories.
-    class_map: the labels of an already trained model, or what makes them from the categories;
-        without it `num_classes` does, as in ClassMap.from_categories.
     """
 
     def __init__(
@@ -141,12 +138,11 @@ class CocoDetection(torch.utils.data.Dataset):
         image_dir: str | Path,
         annotation_file: str | Path,
         transforms: Callable,
-        class_map: ClassMap | Callable[[list[dict]], ClassMap] | None = None,
+        class_map: ClassMap | Callable[[list[dict]], ClassMap] = ClassMap.from_categories,
         train: bool = False,
         seed: int = 0,
         strict: bool = False,
         annotated: bool = True,
-        num_classes: int | None = None,
     ):
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
         self.transforms, self.train, self.seed, self.strict = transforms, train, seed, strict
@@ -160,21 +156,18 @@ class CocoDetection(torch.utils.data.Dataset):
         self.file_names = self._field(images, "image", "file_name", _is_name, "a path")
         sides = [self._field(images, "image", k, _is_number, "pixels") for k in ("height", "width")]
         # (images, 2); infinite where the file does not say, as boxes are clipped to these sizes.
-        sides = [[side or np.inf for side in column] for column in sides]
-        self._sizes = np.array(sides, dtype=np.float64).T
+        sides = np.array(sides, dtype=np.float64).T
+        self._sizes = np.where(sides > 0, sides, np.inf)
         self._check_files()
 
-        self.categories = self._section(data, "categories", required=annotated or not class_map)
+        self.categories = self._section(data, "categories", annotated or callable(class_map))
         self._field(self.categories, "category", "id", _is_int, "an integer")
-        if not isinstance(class_map, ClassMap):
-            number = class_map or partial(ClassMap.from_categories, num_classes=num_classes)
-            try:
-                class_map = number(self.categories)
-            except UserError as error:
-                raise UserError(f"{self.annotation_file}: {error}") from None
-        self.class_map = class_map
+        try:
+            self.class_map = class_map(self.categories) if callable(class_map) else class_map
+        except UserError as error:
+            raise UserError(f"{self.annotation_file}: {error}") from None
         self._warn_of_other_names()
-        self._index(self._section(data, "annotations", required=annotated))
+        self._index(self._section(data, "annotations", annotated))
         if annotated and not len(self._labels):
             self._fail("has no usable object", "it needs boxes with an area that are no crowd")
 
@@ -192,10 +185,10 @@ class CocoDetection(torch.utils.data.Dataset):
 
     def _section(self, data: dict[str, Any], key: str, required: bool = True) -> list[dict]:
         items = data.get(key, [])
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            self._fail(f"'{key}' is not a list of objects", "COCO's instances format is expected")
-        if required and not items:
-            self._fail(f"'{key}' is missing or empty", "COCO's instances format is expected")
+        listed = isinstance(items, list) and all(isinstance(item, dict) for item in items)
+        if not listed or (required and not items):
+            problem = "is missing or empty" if listed else "is not a list of objects"
+            self._fail(f"'{key}' {problem}", "COCO's instances format is expected")
         return items
 
     def _field(self, items: list[dict], kind: str, key: str, valid: Callable, what: str) -> list:
@@ -214,51 +207,52 @@ class CocoDetection(torch.utils.data.Dataset):
 
     def _check_files(self) -> None:
         """All image files exist. One listing a directory: asking for each file takes minutes."""
-        paths = [os.path.split(file_name) for file_name in self.file_names]
+        paths = [os.path.split(name) for name in self.file_names]
+        remedy = "check the path to the images"
         try:
             listings = {d: set(os.listdir(self.image_dir / d)) for d in {d for d, _ in paths}}
-        except OSError as error:
-            problem = f"{error.filename}: cannot be listed ({error.strerror})"
-            raise UserError(f"{problem}: check the path to the images") from None
-        missing = [os.path.join(*path) for path in paths if path[1] not in listings[path[0]]]
+        except OSError as e:
+            raise UserError(f"{e.filename}: cannot be listed ({e.strerror}): {remedy}") from None
+        missing = [os.path.join(d, name) for d, name in paths if name not in listings[d]]
         if missing:
             images = f"{len(missing)} of the {len(paths)} images of {self.annotation_file}"
             problem = f"{self.image_dir / missing[0]}: no such file; {images} are missing"
-            raise UserError(f"{problem}: check the path to the images")
+            raise UserError(f"{problem}: {remedy}")
 
     def _warn_of_other_names(self) -> None:
         """The same ids under other names: most likely two exports that numbered differently."""
-        label_of = self.class_map.label_of
+        known = {id_: self.class_map.names[label] for label, id_ in self.class_map.ids.items()}
         for category in self.categories:
-            name = self.class_map.names.get(label_of.get(category["id"]), category.get("name"))
-            if str(category.get("name", name)).lower() != str(name).lower():
+            id_, name = category["id"], str(category.get("name"))
+            if "name" in category and known.get(id_, name).lower() != name.lower():
                 message = "%s: category %d is %r here, but %r to the model: check the ids"
-                args = (self.annotation_file, category["id"], category["name"], name)
-                logger.warning(message, *args)
+                logger.warning(message, self.annotation_file, id_, name, known[id_])
 
     def _index(self, items: list[dict]) -> None:
         """Annotations become arrays, as dicts would in time be copied into every worker."""
         column = partial(self._field, items, "annotation")
         index_of = {id_: position for position, id_ in enumerate(self.image_ids)}
-        known = "the id of an image in this file"
-        image = column("image_id", lambda v: _is_int(v) and v in index_of, known)
+        image = column("image_id", _is_in(index_of), "the id of an image in this file")
         image = np.array([index_of[i] for i in image], dtype=np.int64)
         label_of, known = self.class_map.label_of, "the id of a category that the model knows"
-        label = column("category_id", lambda v: _is_int(v) and v in label_of, known)
-        label = np.array([label_of[i] for i in label], dtype=np.int64)
+        category = column("category_id", _is_in(label_of), known)
+        label = np.array([label_of[i] for i in category], dtype=np.int64)
         boxes = column("bbox", _is_box, "[x, y, width, height]")
         boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
         area = np.array(column("area", _is_number, "square pixels"), dtype=np.float64)
+        area = np.where(np.isfinite(area), area, boxes[:, 2] * boxes[:, 3])
         crowd = np.array([bool(item.get("iscrowd")) for item in items], dtype=bool)
 
         sound = np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)
-        area = np.where(np.isfinite(area), area, boxes[:, 2] * boxes[:, 3])
-        self._truth = [column[sound] for column in (image, label, boxes, area, crowd)]
+        truth = {"image_id": np.array(self.image_ids)[image], "category_id": np.array(category)}
+        truth |= {"bbox": boxes, "area": area, "iscrowd": crowd}
+        self._truth = {key: values[sound] for key, values in truth.items()}
 
         usable = np.flatnonzero(sound & ~crowd)
         usable = usable[np.argsort(image[usable], kind="stable")]
         xyxy = np.concatenate([boxes[usable, :2], boxes[usable, :2] + boxes[usable, 2:]], axis=1)
-        clipped, inside = _clip(xyxy, self._sizes[image[usable]])
+        clipped = xyxy.clip(0, self._sizes[image[usable]][:, [1, 0, 1, 0]])
+        inside = (clipped[:, 2:] > clipped[:, :2]).all(1)
         self._boxes, self._labels = clipped[inside].astype(np.float32), label[usable][inside]
         self._first = np.searchsorted(image[usable][inside], np.arange(len(self) + 1))
         # Rounding leaves many boxes a fraction of a pixel outside, which is not worth a word.
@@ -284,15 +278,12 @@ class CocoDetection(torch.utils.data.Dataset):
         """Annotations of some images for COCO's evaluation: boxes as in the file, crowds included,
         areas filled in. Numbered anew, since ids may be missing and COCOeval cannot match id 0.
         """
-        ids = np.array(self.image_ids)
-        chosen = np.isin(ids[self._truth[0]], list(image_ids))
-        image, label, *columns = (column[chosen].tolist() for column in self._truth)
-        keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-        images, categories = ids[image].tolist(), [self.class_map.ids[i] for i in label]
-        rows = zip(range(1, len(image) + 1), images, categories, *columns, strict=True)
+        chosen = np.isin(self._truth["image_id"], list(image_ids))
+        columns = {key: values[chosen].tolist() for key, values in self._truth.items()}
+        rows = enumerate(zip(*columns.values(), strict=True), start=1)
         return {
             "images": [{"id": i} for i in self.image_ids if i in image_ids],
-            "annotations": [dict(zip(keys, row, strict=True)) for row in rows],
+            "annotations": [{"id": i, **dict(zip(columns, row, strict=True))} for i, row in rows],
             "categories": self.categories,
         }
 
@@ -305,16 +296,16 @@ class CocoDetection(torch.utils.data.Dataset):
             name = self.file_names[position]
             logger.warning(message, self.annotation_file, name, size, said)
         objects = slice(*self._first[position : position + 2])
-        boxes, inside = _clip(self._boxes[objects], np.array([size], dtype=np.float32))
-        target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes[inside], format="XYXY", canvas_size=size),
-            "labels": torch.from_numpy(self._labels[objects][inside]),
-        }
+        boxes = torch.from_numpy(self._boxes[objects])
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
+        labels = torch.from_numpy(self._labels[objects])
+        target = {"boxes": clamp_bounding_boxes(boxes), "labels": labels}
+        image, target = DropEmptyBoxes()(tv_tensors.Image(image), target)
         seed = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed the GPUs as well, which fork_rng does not undo here.
             torch.default_generator.manual_seed(int(seed))
-            image, target = self.transforms(tv_tensors.Image(image), target)
+            image, target = self.transforms(image, target)
         target["image_id"] = torch.tensor(self.image_ids[position])
         target["orig_size"] = torch.tensor(size)
         target["size"] = torch.tensor(image.shape[-2:])
@@ -344,14 +335,9 @@ def _without_outline(item: dict) -> dict:
 
 _is_name = lambda value: isinstance(value, str) and value != ""
 _is_int = lambda value: type(value) is int and abs(value) < 2**63
+_is_in = lambda ids: lambda value: _is_int(value) and value in ids
 _is_number = lambda value: value is None or isinstance(value, int | float)
 _is_box = lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
-
-
-def _clip(xyxy: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (n, 4) cut to images of sizes (n or 1, 2) as (h, w), and whether area is left (n,)."""
-    clipped = np.clip(xyxy, 0, sizes[:, [1, 0, 1, 0]])
-    return clipped, (clipped[:, 2:] > clipped[:, :2]).all(1)
 
 
 def collate(batch: list[tuple[Tensor, dict]]) -> tuple[NestedTensor, list[dict]]:
@@ -365,15 +351,16 @@ def build_dataset(
 ) -> CocoDetection:
     """The "train", "val" or "test" part of the data set at `cfg.coco_path`, laid out as COCO 2017.
 
-    class_map: as in CocoDetection.
+    class_map: as in CocoDetection; by default made from the categories and `cfg.num_classes`.
     """
     if not cfg.coco_path:
         raise UserError("coco_path is not set: give the data set's directory with --coco_path")
     root, train, test = Path(cfg.coco_path), split == "train", split == "test"
-    file_name = "image_info_test-dev2017.json" if test else f"instances_{split}2017.json"
-    paths = root / f"{split}2017", root / "annotations" / file_name
+    name = "image_info_test-dev2017" if test else f"instances_{split}2017"
+    paths = root / f"{split}2017", root / "annotations" / f"{name}.json"
     first = cfg.data_aug_scales, cfg.data_aug_max_size
     second = cfg.data_aug_scales2_resize, cfg.data_aug_scales2_crop, cfg.fix_size
     transforms = train_transforms(*first, *second) if train else eval_transforms(*first)
-    options = {"seed": cfg.seed, "strict": cfg.strict_data, "num_classes": cfg.num_classes}
-    return CocoDetection(*paths, transforms, class_map, train=train, annotated=not test, **options)
+    class_map = class_map or partial(ClassMap.from_categories, num_classes=cfg.num_classes)
+    options = {"seed": cfg.seed, "strict": cfg.strict_data, "annotated": not test}
+    return CocoDetection(*paths, transforms, class_map, train, **options)

@@ -1,7 +1,5 @@
 """COCO's box evaluation, by pycocotools."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -11,6 +9,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from datasets.coco import CocoDetection
 
@@ -34,15 +33,12 @@ class CocoEvaluator:
         """
         ids = self.dataset.class_map.ids
         for image_id, result in results.items():
-            labels = result["labels"].cpu().numpy()
-            scores, boxes = (result[key].double().cpu().numpy() for key in ("scores", "boxes"))
+            labels, scores = result["labels"].cpu().numpy(), result["scores"].double().cpu().numpy()
+            boxes = box_convert(result["boxes"].double(), "xyxy", "xywh").cpu().numpy()
             keep = np.isin(labels, list(ids)) & np.isfinite(scores) & np.isfinite(boxes).all(1)
-            scores, labels, boxes = scores[keep], labels[keep], boxes[keep]
-            boxes[:, 2:] -= boxes[:, :2]
-            category_ids = [ids[label] for label in labels.tolist()]
             # As many digits as float32 scores have, and more than boxes do.
-            rounded = scores.round(8).tolist(), category_ids, boxes.round(3).tolist()
-            self.results[int(image_id)] = rounded
+            scores, boxes = scores[keep].round(8).tolist(), boxes[keep].round(3).tolist()
+            self.results[image_id] = scores, [ids[i] for i in labels[keep].tolist()], boxes
 
     def join(self, parts: Sequence[dict[int, tuple]]) -> None:
         """Take over the `results` of several processes, in the data set's order, on which the
@@ -61,16 +57,14 @@ class CocoEvaluator:
 
     def summarize(self) -> list[float]:
         """Evaluates; COCO's 12 figures, AP first, -1 for what has no object (say, no small one)."""
-        images = self.dataset.ground_truth(set(self.results))
-        boxes = [
-            {**detection, "id": i, "area": detection["bbox"][2] * detection["bbox"][3]}
-            for i, detection in enumerate(self.detections, start=1)
-        ]
         truth, found = COCO(), COCO()
+        truth.dataset = self.dataset.ground_truth(set(self.results))
+        found.dataset = {**truth.dataset, "annotations": self.detections}
+        for i, detection in enumerate(found.dataset["annotations"], start=1):
+            detection.update(id=i, area=detection["bbox"][2] * detection["bbox"][3])
         with redirect_stdout(io.StringIO()):
-            for coco, annotations in ((truth, images["annotations"]), (found, boxes)):
-                coco.dataset = {**images, "annotations": annotations}
-                coco.createIndex()
+            truth.createIndex()
+            found.createIndex()
             self._evaluation = COCOeval(truth, found, "bbox")
             self._evaluation.evaluate()
             self._evaluation.accumulate()
@@ -88,8 +82,5 @@ class CocoEvaluator:
         names = {c["id"]: str(c.get("name", c["id"])) for c in self.dataset.categories}
         # (IoUs, recalls, categories), for objects of any size and 100 detections an image
         precision = self._evaluation.eval["precision"][:, :, :, 0, -1]
-        return {
-            names[category_id]: float(precision[:, :, k].mean())
-            for k, category_id in enumerate(self._evaluation.params.catIds)
-            if precision[0, 0, k] > -1
-        }
+        ids, figures = self._evaluation.params.catIds, precision.mean(axis=(0, 1)).tolist()
+        return {names[i]: ap for i, ap in zip(ids, figures, strict=True) if ap > -1}

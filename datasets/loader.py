@@ -1,7 +1,5 @@
 """Batches: which images make up each, and which process takes it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 
@@ -51,10 +49,8 @@ def build_loader(dataset: CocoDetection, cfg: Config, train: bool) -> DataLoader
     group = cfg.accumulate if train else 1
     batches = EpochBatches(len(dataset), cfg.batch_size, train, cfg.seed, group)
     if train and not batches.total:
-        raise UserError(
-            f"batch_size: {len(dataset)} training images are too few for one step of {group} "
-            f"batches of {cfg.batch_size} in {world_size()} processes"
-        )
+        step = f"one step of {group} batches of {cfg.batch_size} in {world_size()} processes"
+        raise UserError(f"batch_size: {len(dataset)} training images are too few for {step}")
     return DataLoader(
         dataset,
         batch_sampler=batches,

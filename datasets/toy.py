@@ -35,29 +35,27 @@ MAX_IMAGES = 1_000_000  # of a split; the ids of the next split begin after it
 TITLE = "Toy COCO"  # near the start of every file, so that only our own are ever replaced
 
 
-def regular(corners: int, radius: np.ndarray | float = 1.0) -> np.ndarray:
-    """Points (corners, 2) evenly spaced in angle about the origin, at `radius` from it."""
+def regular(corners: int) -> np.ndarray:
+    """Points (corners, 2) on the unit circle, evenly spaced."""
     angles = 2 * np.pi * np.arange(corners) / corners
-    return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
-
-
-def outline_of(name: str, rng: np.random.Generator) -> np.ndarray:
-    """The outline (n, 2) of a class about the origin; some classes vary in their proportions."""
-    if name == "star":
-        return regular(10, radius=np.where(np.arange(10) % 2, rng.uniform(0.38, 0.5), 1.0))
-    if name == "ring":
-        outer = regular(32)[np.arange(33) % 32]
-        return np.concatenate([outer, rng.uniform(0.45, 0.65) * outer[::-1]])
-    if name == "cross":
-        a = rng.uniform(0.26, 0.38)
-        arm, quarter_turn = np.array([[a, a], [a, 1], [-a, 1]]), np.array([[0, 1], [-1, 0]])
-        return np.concatenate([arm @ np.linalg.matrix_power(quarter_turn, k) for k in range(4)])
-    return regular({"circle": 32, "square": 4, "triangle": 3}[name])
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def random_outline(rng: np.random.Generator, name: str, extent: float) -> np.ndarray:
-    """A stretched and turned outline (n, 2) about the origin, its longer side `extent` pixels."""
-    points = outline_of(name, rng) * [rng.uniform(0.8, 1.25), 1.0]
+    """The outline (n, 2) of a class about the origin, its longer side `extent` pixels; stretch,
+    angle and some classes' proportions are random."""
+    if name == "star":
+        points = regular(10) * np.where(np.arange(10) % 2, rng.uniform(0.38, 0.5), 1.0)[:, None]
+    elif name == "ring":
+        outer = regular(32)[np.arange(33) % 32]
+        points = np.concatenate([outer, rng.uniform(0.45, 0.65) * outer[::-1]])
+    elif name == "cross":
+        a = rng.uniform(0.26, 0.38)
+        arm, quarter_turn = np.array([[a, a], [a, 1], [-a, 1]]), np.array([[0, 1], [-1, 0]])
+        points = np.concatenate([arm @ np.linalg.matrix_power(quarter_turn, k) for k in range(4)])
+    else:
+        points = regular({"circle": 32, "square": 4, "triangle": 3}[name])
+    points = points * [rng.uniform(0.8, 1.25), 1.0]
     turn = 2 * np.pi * rng.random()
     points = points @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     points -= (points.min(0) + points.max(0)) / 2
@@ -84,12 +82,12 @@ def polygon_area(points: np.ndarray) -> float:
     return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
 
 
-def rasterize(points: np.ndarray, width: int, height: int, oversample: int = 3) -> np.ndarray:
+def rasterize(points: np.ndarray, width: int, height: int) -> np.ndarray:
     """How much of each pixel the polygon (n, 2) covers: (height, width) in [0, 1]."""
-    canvas = Image.new("L", (oversample * width, oversample * height))
+    canvas = Image.new("L", (3 * width, 3 * height))
     # PIL's coordinates name the centres of pixels, the annotations' name their corners.
-    ImageDraw.Draw(canvas).polygon((oversample * points - 0.5).ravel().tolist(), fill=255)
-    return np.asarray(canvas.reduce(oversample), dtype=np.float32) / 255
+    ImageDraw.Draw(canvas).polygon((3 * points - 0.5).ravel().tolist(), fill=255)
+    return np.asarray(canvas.reduce(3), dtype=np.float32) / 255
 
 
 def encode_rle(mask: np.ndarray) -> dict:
@@ -169,9 +167,8 @@ class Scene:
             cover = rasterize(points, self.width, self.height)
             if self.claim(cover > 0.5, polygon_area(outline)):
                 self.paint(cover)
-                box, polygon = [*points.min(0), *np.ptp(points, axis=0)], points.ravel().tolist()
-                area = polygon_area(points)
-                self.annotate(category, box, area, iscrowd=0, segmentation=[polygon])
+                box, polygon = [*points.min(0), *np.ptp(points, axis=0)], [points.ravel().tolist()]
+                self.annotate(category, box, polygon_area(points), iscrowd=0, segmentation=polygon)
                 return
 
     def add_crowd(self, size: int) -> None:
@@ -218,8 +215,8 @@ def is_ours(path: Path) -> bool:
 
 def write_split(root: Path, split: int, num_images: int, size: int, seed: int) -> None:
     """Write one split, its annotation file last; do nothing if it is there already."""
-    name = SPLITS[split]
-    folder, annotation_file = root / name, root / "annotations" / f"instances_{name}.json"
+    folder = root / SPLITS[split]
+    annotation_file = root / "annotations" / f"instances_{SPLITS[split]}.json"
     for directory in (folder, annotation_file.parent):
         directory.mkdir(parents=True, exist_ok=True)
     info = {"description": TITLE, "num_images": num_images, "size": size, "seed": seed}
@@ -232,13 +229,11 @@ def write_split(root: Path, split: int, num_images: int, size: int, seed: int) -
     for path in old:
         path.unlink()
     images, annotations = [], []
-    for index in range(num_images):
-        picture, found = draw_scene(seed, split, index, size)
-        image_id = split * MAX_IMAGES + index + 1
-        file_name = f"{image_id:012d}.jpg"
-        picture.save(folder / file_name, quality=92, comment=TITLE)
-        shape = {"width": picture.width, "height": picture.height}
-        images.append({"id": image_id, "file_name": file_name, **shape})
+    for image_id in range(split * MAX_IMAGES + 1, split * MAX_IMAGES + num_images + 1):
+        picture, found = draw_scene(seed, split, len(images), size)
+        name, (width, height) = f"{image_id:012d}.jpg", picture.size
+        picture.save(folder / name, quality=92, comment=TITLE)
+        images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         for k, annotation in enumerate(found):
             annotations.append({"id": 100 * image_id + k, "image_id": image_id, **annotation})
     categories = [{"id": i, "name": n, "supercategory": "shape"} for i, n in CATEGORIES.items()]
@@ -257,13 +252,11 @@ def make_toy_coco(
     `seed`, `size`, its split and its index, not on the counts. Raises UserError for arguments out
     of range, a directory that cannot be written, and one that holds another data set.
     """
-    for name, value in (("num_train", num_train), ("num_val", num_val)):
-        if not 0 <= value < MAX_IMAGES:
-            raise UserError(f"{name} is {value}; it must be from 0 to {MAX_IMAGES - 1}")
-    if size < 32:
-        raise UserError(f"size is {size}; it must be at least 32 pixels")
-    if seed < 0:
-        raise UserError(f"seed is {seed}; it must not be negative")
+    counts = ("num_train", num_train, range(MAX_IMAGES)), ("num_val", num_val, range(MAX_IMAGES))
+    others = ("size", size, range(32, 65_501)), ("seed", seed, range(2**64))
+    for name, value, allowed in counts + others:
+        if value not in allowed:
+            raise UserError(f"{name} is {value}; it must be from {allowed[0]} to {allowed[-1]}")
     root = Path(root)
     try:
         files = (*root.glob("annotations/instances_*2017.json"), *root.glob("*2017/*.jpg"))

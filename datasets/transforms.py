@@ -35,11 +35,6 @@ def resized_size(height: int, width: int, size: int, max_size: int | None = None
     return [size if side == short else int(size * side / short) for side in (height, width)]
 
 
-def _randint(low: int, high: int) -> int:
-    """A uniform integer in [low, high]."""
-    return int(torch.randint(low, high + 1, ()))
-
-
 class ResizeShortestSide(v2.Transform):
     """Resizes the shorter side to one of `sizes`, the longer to at most `max_size`."""
 
@@ -48,7 +43,7 @@ class ResizeShortestSide(v2.Transform):
         self.sizes, self.max_size = list(sizes), max_size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        size = self.sizes[_randint(0, len(self.sizes) - 1)]
+        size = self.sizes[torch.randint(len(self.sizes), ())]
         return {"size": resized_size(*v2.query_size(flat_inputs), size, self.max_size)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -65,8 +60,9 @@ class RandomSizeCrop(v2.Transform):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
         # An image smaller than `low` is left as it is along that side.
-        h, w = (_randint(min(self.low, side), min(side, self.high)) for side in (height, width))
-        top, left = _randint(0, height - h), _randint(0, width - w)
+        ranges = [(min(self.low, side), min(self.high, side) + 1) for side in (height, width)]
+        h, w = (int(torch.randint(*limits, ())) for limits in ranges)
+        top, left = (int(torch.randint(free + 1, ())) for free in (height - h, width - w))
         return {"top": top, "left": left, "height": h, "width": w}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -74,7 +70,7 @@ class RandomSizeCrop(v2.Transform):
 
 
 class DropEmptyBoxes(nn.Module):
-    """Removes what a crop leaves of objects outside it: boxes without area, and their labels."""
+    """Removes boxes without area, what a crop leaves of objects outside it, and their labels."""
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         boxes = target["boxes"]

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -393,7 +394,7 @@ def test_class_map_of_another_data_set(make, caplog):
     with pytest.raises(UserError, match="'category_id' of annotation 1 is 3"):
         make(data, class_map=ClassMap.from_categories([{"id": 9}]))
     with pytest.raises(UserError, match=r"instances\.json: num_classes is 1"):
-        make(data, num_classes=1)
+        make(data, class_map=partial(ClassMap.from_categories, num_classes=1))
 
 
 # Randomness

@@ -288,7 +288,7 @@ def test_drawing_odd_pictures():
     assert draw_boxes(GREY[:, :1, :1], beyond, [3, 90]).size == (640, 640)
     narrow = draw_boxes(GREY[:, :, :9], beyond, [3, 90], names={3: "a name that is far too long"})
     assert narrow.size == (10, 640)
-    sheet = side_by_side(small, none, {**none, "scores": torch.zeros(0)}, titles=("one", "two"))
+    sheet = side_by_side(small, {"one": none, "two": {**none, "scores": torch.zeros(0)}})
     assert sheet.width > 2 * 640
     plain, crowd = (draw_boxes(GREY, beyond[:1], [1], crowd=[many]) for many in (False, True))
     assert plain != crowd

@@ -3,8 +3,6 @@
 `python -m util.visualize outputs/a outputs/b --output curves.png` compares two runs.
 """
 
-from __future__ import annotations
-
 import argparse
 import colorsys
 import itertools
@@ -77,7 +75,7 @@ def draw_boxes(
     edges = (scale * boxes.detach().cpu().double().numpy().reshape(-1, 4)).round().astype(int)
     edges = (edges - [0, 0, 1, 1]).clip(0, [width - 1, height - 1] * 2)  # the last pixels inside
     edges[:, 2:] = np.maximum(edges[:, :2], edges[:, 2:])
-    captions, taken = [], np.zeros((0, 4), dtype=int)
+    drawn, taken = [], np.zeros((0, 4), dtype=int)
     for i, (x0, y0, x1, y1) in enumerate(edges.tolist()):
         label = int(labels[i])
         text = (names or {}).get(label, str(label))
@@ -87,21 +85,20 @@ def draw_boxes(
             text = text[:-2] + "…"
         w, h = round(font.getlength(text)) + 6, sum(font.getmetrics())
         # Along the box's upper or lower edge: the first place where captions overlap least.
-        ys = (y0 - h, y0, y1 + 1, y1 + 1 - h)
-        places = np.array([(x, y) for x in np.linspace(x0, x1 + 1 - w, 5, dtype=int) for y in ys])
-        places = places.clip(0, [max(width - w, 0), max(height - h, 0)])
-        places = np.concatenate([places, places + np.array([w, h])], axis=1)
+        xs = np.linspace(x0, x1 + 1 - w, 5, dtype=int).clip(0, max(width - w, 0))
+        ys = np.clip((y0 - h, y0, y1 + 1, y1 + 1 - h), 0, max(height - h, 0))
+        places = np.array([(x, y, x + w, y + h) for x in xs for y in ys])
         upper_left = np.maximum(places[:, None, :2], taken[:, :2])
         lower_right = np.minimum(places[:, None, 2:], taken[:, 2:])
         overlap = (lower_right - upper_left).clip(0).prod(axis=2).sum(axis=1)
         place = places[overlap.argmin()]
         taken = np.concatenate([taken, place[None]])
-        captions.append((text, class_colour(label)))
-    # What matters most is drawn last, over the rest.
-    for (x0, y0, x1, y1), (_, colour) in list(zip(edges.tolist(), captions, strict=True))[::-1]:
+        drawn.append(((x0, y0, x1, y1), place.tolist(), text, class_colour(label)))
+    drawn.reverse()  # what matters most comes last, over the rest
+    for (x0, y0, x1, y1), _, _, colour in drawn:
         draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black", width=line + 2)
         draw.rectangle((x0, y0, x1, y1), outline=colour, width=line)
-    for (x0, y0, x1, y1), (text, colour) in list(zip(taken.tolist(), captions, strict=True))[::-1]:
+    for _, (x0, y0, x1, y1), text, colour in drawn:
         bright = np.dot(colour, (0.299, 0.587, 0.114)) > 120
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=colour)
         draw.text((x0 + 3, y0), text, fill="black" if bright else "white", font=font)
@@ -109,26 +106,21 @@ def draw_boxes(
 
 
 def side_by_side(
-    image: Tensor,
-    truth: Mapping,
-    predictions: Mapping,
-    names: Mapping[int, str] | None = None,
-    titles: tuple[str, str] = ("ground truth", "predictions"),
+    image: Tensor, columns: Mapping[str, Mapping], names: Mapping[int, str] | None = None
 ) -> Image.Image:
-    """Ground truth at the left and predictions at the right, each under its title.
+    """The image several times on one sheet, each with its title and boxes.
 
-    truth and predictions hold what `draw_boxes` takes: "boxes", "labels" and perhaps more.
+    columns: {title: what `draw_boxes` takes, "boxes", "labels" and perhaps more}, from the left.
     """
-    parts = [draw_boxes(image, names=names, **part) for part in (truth, predictions)]
-    width, height = parts[0].size
+    parts = {title: draw_boxes(image, names=names, **part) for title, part in columns.items()}
+    width, height = next(iter(parts.values())).size
     font = load_font(min(max(16, max(width, height) // 45), 36))
     top = 2 * MARGIN + sum(font.getmetrics())
-    column = MARGIN + max(width, *(round(font.getlength(title)) for title in titles))
-    sheet = Image.new("RGB", (MARGIN + 2 * column, top + height + MARGIN), "white")
-    for i, (part, title) in enumerate(zip(parts, titles, strict=True)):
-        left = MARGIN + i * column
-        ImageDraw.Draw(sheet).text((left, MARGIN), title, fill="black", font=font)
-        sheet.paste(part, (left, top))
+    column = MARGIN + max(width, *(round(font.getlength(title)) for title in parts))
+    sheet = Image.new("RGB", (MARGIN + column * len(parts), top + height + MARGIN), "white")
+    for i, (title, part) in enumerate(parts.items()):
+        ImageDraw.Draw(sheet).text((MARGIN + i * column, MARGIN), title, fill="black", font=font)
+        sheet.paste(part, (MARGIN + i * column, top))
     return sheet
 
 
@@ -146,10 +138,9 @@ def read_log(path: Path) -> dict[int, dict]:
                 if figures := row.get(f"{prefix}coco_eval_bbox"):
                     row[f"{prefix}AP"], row[f"{prefix}AP50"] = figures[:2]
             rows[int(row["epoch"])] = row
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}; name a run's log.txt") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: is no text; name a run's log.txt") from e
+    except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "it is no text"
+        raise UserError(f"{path}: cannot be read: {reason}; name a run's log.txt") from e
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{path}: line {number} is not JSON as log.txt has it; remove it") from e
     return dict(sorted(rows.items()))
@@ -184,8 +175,8 @@ def plot_log(log_files: str | Path | Sequence[str | Path], out_file: str | Path)
     runs = [Line2D([], [], color=f"C{i}", linewidth=5) for i in range(len(paths))]
     labels = [path.resolve().parent.name for path in paths]
     figure.legend(runs, labels, loc="outside upper center", ncols=5, frameon=False)
-    labels, lines = styles.keys(), styles.values()
-    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
+    keys = styles.values(), styles.keys()
+    figure.legend(*keys, loc="outside lower center", ncols=4, frameon=False)
     try:
         figure.savefig(out_file, dpi=120)
     except (OSError, ValueError) as e:
