@@ -1,13 +1,10 @@
 """One epoch of training and one evaluation."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +13,10 @@ from torch.utils.data import DataLoader
 
 from datasets.coco_eval import CocoEvaluator
 from models.matcher import MatchingLog
+from run import Run
 from util.distributed import gather, sum_over_processes, world_size
 from util.logging import Averages, Progress, peak_memory_mb
 from util.nested_tensor import NestedTensor
-
-if TYPE_CHECKING:
-    from trainer import Run
 
 logger = logging.getLogger(__name__)
 

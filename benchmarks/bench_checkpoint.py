@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from datasets.coco import ClassMap
-from trainer import Run
+from run import Run
 from util.checkpoint import read_checkpoint, save_checkpoint
 from util.config import load_config
 

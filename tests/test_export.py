@@ -14,8 +14,8 @@ import torch
 from datasets.coco import ClassMap
 from datasets.toy import CATEGORIES
 from main import main as evaluate
+from run import Run
 from tools.export_checkpoint import main
-from trainer import Run
 from util.checkpoint import load_weights, read_checkpoint
 from util.config import MODELS, SELECTION_SWITCHES, load_config, parse_command_line
 

@@ -1,0 +1,223 @@
+"""A training run: what it is made of, how it is saved, and how it is taken up to the step."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import shlex
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from datasets.coco import ClassMap
+from models import build_model
+from util.checkpoint import (
+    copy_checkpoint,
+    latest_checkpoint,
+    load_backbone,
+    load_weights,
+    num_classes_of,
+    read_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from util.config import Config
+from util.distributed import by_first, gather, rank, seed_everything, world_size
+from util.ema import ModelEma
+from util.errors import UserError
+from util.logging import Averages
+from util.optim import build_optimizer, build_scheduler
+
+logger = logging.getLogger(__name__)
+
+PROGRESS = ("epoch", "step", "trained", "seconds", "best_ap", "matches")  # of a run; see `Run`
+
+
+def prepare_output_dir(cfg: Config, argv: Sequence[str] | None = None) -> Path | None:
+    """Make the output directory, if one is named, and with `argv` keep config and command there."""
+    if not cfg.output_dir:
+        return None
+    path = Path(cfg.output_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if argv is not None:
+            (path / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+            with open(path / "command.txt", "a") as file:
+                file.write(shlex.join(["python", "main.py", *argv]) + "\n")
+    except OSError as e:
+        raise UserError(f"output_dir: {path} cannot be written: {e.strerror}") from e
+    return path
+
+
+@contextlib.contextmanager
+def claimed(output_dir: Path | None) -> Iterator[None]:
+    """Keeps other runs out of the output directory; UserError if one is in it.
+
+    The claim is a lock on a file, which ends with its process, whatever ends that.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            file = stack.enter_context(open(output_dir / "run.lock", "a+"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data workers do not inherit it
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(
+                    f"output_dir: {output_dir} is in use by {holder}; name another directory"
+                ) from None
+            except OSError as e:  # some network file systems know no locks
+                logger.warning("%s cannot be locked (%s): see to it", output_dir, e.strerror)
+            with contextlib.suppress(OSError):  # a full disk, which saving will speak of
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+
+        if output_dir:
+            by_first(claim)
+        yield
+
+
+def read_resume(cfg: Config) -> dict | None:
+    """The checkpoint that --resume names; None without it, or where auto finds nothing yet."""
+    if cfg.resume == "auto":
+        if not cfg.output_dir:
+            raise UserError("resume: auto looks in --output_dir, which is not given")
+        found = latest_checkpoint(cfg.output_dir)
+        logger.info("resume: %s", found[0] if found else "no checkpoint yet, starting anew")
+        return found[1] if found else None
+    return read_checkpoint(cfg.resume) if cfg.resume else None
+
+
+def class_map_of(checkpoint: dict | None) -> ClassMap | Callable | None:
+    """The labels that a checkpoint was trained with, which the data are to be read with."""
+    if checkpoint is None:
+        return None
+    if "class_map" in checkpoint:
+        return ClassMap.from_state_dict(checkpoint["class_map"])
+    num_classes = num_classes_of(checkpoint)
+    # Without a class head it is no detector's; loading its weights will say what is wrong.
+    return partial(ClassMap.of_released, num_classes=num_classes) if num_classes else None
+
+
+class Run:
+    """Model, optimiser and everything else that a run consists of, and where it stands.
+
+    `epoch` is the last that is trained, `step` counts those done in the next one, whose means so
+    far are `averages`; `trained` are the figures of a trained epoch that is not evaluated yet.
+    """
+
+    def __init__(self, cfg: Config, device: torch.device, class_map: ClassMap, steps: int = 1):
+        self.cfg, self.device, self.class_map = cfg, device, class_map
+        self.epoch, self.step = cfg.start_epoch - 1, 0
+        self.averages, self.trained, self.seconds = Averages(), None, 0.0
+        self.best_ap, self.matches = -1.0, None  # matches: of the last evaluation
+        model, criterion, self.postprocess = build_model(cfg)
+        if device.type == "cpu":  # where convolutions are a tenth to a fifth faster so
+            model.backbone.to(memory_format=torch.channels_last)
+        self.model, self.criterion = model.to(device), criterion.to(device)
+        self.parallel: nn.Module = self.model  # what is trained, wrapped where there are processes
+        self.optimizer = build_optimizer(self.model, cfg)
+        self.scheduler, self.every_step = build_scheduler(self.optimizer, cfg, steps)
+        fp16 = cfg.amp and cfg.amp_dtype == "fp16"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.ema = ModelEma(self.model, cfg.ema_decay) if cfg.use_ema else None
+
+    @property
+    def source(self) -> str:
+        """What an error calls the checkpoint of --resume."""
+        cfg = self.cfg
+        return f"the newest of {cfg.output_dir}" if cfg.resume == "auto" else cfg.resume
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds. All processes have to ask for it together."""
+        return {name: getattr(self, name) for name in PROGRESS} | {
+            "model": self.model.state_dict(),
+            "ema_model": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "averages": self.averages.state_dict(),
+            "rng": gather(rng_state()),  # of every process
+            "config": dataclasses.asdict(self.cfg),
+            "class_map": self.class_map.state_dict(),
+        }
+
+    def begin(self, checkpoint: dict | None) -> None:
+        """Take up the run of a checkpoint, or begin one with a pretrained model's weights or the
+        backbone's alone."""
+        cfg = self.cfg
+        seed_everything(cfg.seed + rank())  # the weights are the same in all processes
+        if checkpoint is not None:
+            self.load(checkpoint)
+            return self.resume(checkpoint)
+        if path := cfg.pretrain_model_path:
+            report = load_weights(self.model, path, strict=False, ignore=cfg.finetune_ignore)
+            logger.info("%s:\n%s", path, report)
+        elif cfg.pretrained_backbone:
+            name, path, directory = cfg.backbone, cfg.backbone_weights, cfg.backbone_dir
+            load_backbone(self.model.backbone[0], name, path, directory)
+        if self.ema:
+            self.ema.load_state_dict(self.model.state_dict())
+
+    def load(self, checkpoint: dict) -> None:
+        """The weights of a checkpoint, and of its average."""
+        load_weights(self.model, checkpoint, source=self.source)
+        if self.ema:
+            self.ema.load_state_dict(checkpoint.get("ema_model") or self.model.state_dict())
+
+    def resume(self, checkpoint: dict) -> None:
+        """Go on from the step, and with the optimiser, schedule and random state of a checkpoint.
+
+        The authors' checkpoints order the optimiser's state otherwise and hold no random state:
+        of these only the epoch is taken. With another number of processes or another batch size,
+        the epoch goes on behind as many images, with random numbers of its own.
+        """
+        self.epoch = checkpoint.get("epoch", self.epoch)
+        if "rng" not in checkpoint:
+            logger.warning("resume: no optimiser of ours in the file, so the optimiser starts anew")
+            return
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as e:
+            raise UserError(
+                f"resume: {self.source} has other parameter groups; go on with its own "
+                "optimizer, lr, lr_backbone, weight_decay, param_dict_type and pretrained_backbone"
+            ) from e
+        schedule, wanted = checkpoint["lr_scheduler"], getattr(self.scheduler, "total_steps", None)
+        if schedule.get("total_steps") != wanted:
+            raise UserError(
+                f"resume: the learning rate of {self.source} has another course; go on with "
+                "its own onecyclelr, epochs, batch_size, accumulate and number of processes"
+            )
+        self.scheduler.load_state_dict(schedule)
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        for name in PROGRESS:
+            setattr(self, name, checkpoint[name])
+        self.averages.join([checkpoint["averages"]])
+        images = lambda cfg, processes: cfg["batch_size"] * cfg["accumulate"] * processes
+        before = images(checkpoint["config"], len(checkpoint["rng"]))
+        now = images(dataclasses.asdict(self.cfg), world_size())
+        self.step = checkpoint["step"] * before // now
+        if len(checkpoint["rng"]) == world_size():
+            set_rng_state(checkpoint["rng"][rank()])
+
+    def save(self, name: str = "checkpoint.pth", **more) -> None:
+        """Write the state to the output directory, if there is one, by the first process."""
+        if self.cfg.output_dir:
+            path, state = Path(self.cfg.output_dir) / name, self.state_dict() | more
+            by_first(lambda: save_checkpoint(path, state, self.cfg.keep_checkpoints))
+
+    def copy(self, name: str) -> None:
+        """Keep the checkpoint just saved under another name as well."""
+        if self.cfg.output_dir:
+            path = Path(self.cfg.output_dir) / "checkpoint.pth"
+            by_first(lambda: copy_checkpoint(path, path.with_name(name)))
