@@ -119,7 +119,7 @@ class Run:
         self.cfg, self.device, self.class_map = cfg, device, class_map
         self.epoch, self.step = cfg.start_epoch - 1, 0
         self.averages, self.trained, self.seconds = Averages(), None, 0.0
-        self.best_ap, self.matches = -1.0, None  # matches: of the last evaluation
+        self.best_ap, self.matches = -1.0, None  # of the last evaluation, with --log_matching
         model, criterion, self.postprocess = build_model(cfg)
         if device.type == "cpu":  # where convolutions are a tenth to a fifth faster so
             model.backbone.to(memory_format=torch.channels_last)

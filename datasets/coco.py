@@ -130,7 +130,8 @@ class CocoDetection(torch.utils.data.Dataset):
     train: augmentation is random, but a function of (seed, epoch, i) alone; an unreadable image is
     replaced by the next one, with the files passed over in the target's "skipped". With `strict`,
     or not in training, an unreadable image is a UserError.
-    annotated: False for a test set, whose file has no annotations and perhaps no categories.
+    annotated: False for a test set, whose file has no annotations and, where class_map is made
+    already, perhaps no categories.
     """
 
     def __init__(

@@ -255,7 +255,7 @@ def make_toy_coco(
     counts = ("num_train", num_train, range(MAX_IMAGES)), ("num_val", num_val, range(MAX_IMAGES))
     others = ("size", size, range(32, 65_501)), ("seed", seed, range(2**64))
     for name, value, allowed in counts + others:
-        if value not in allowed:
+        if not allowed[0] <= value <= allowed[-1]:
             raise UserError(f"{name} is {value}; it must be from {allowed[0]} to {allowed[-1]}")
     root = Path(root)
     try:

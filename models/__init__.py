@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from util.config import Config
-
 if TYPE_CHECKING:
     from torch import nn
+
+    from util.config import Config
 
     from .criterion import SetCriterion
     from .postprocess import PostProcess

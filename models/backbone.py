@@ -44,11 +44,11 @@ class Backbone(nn.Module):
             self.num_channels = body.feature_info.channels()
             self.body = TIMM_NORMS[cfg.batch_norm_type](body)
         else:
-            width, dilation = 256, {"replace_stride_with_dilation": [False, False, cfg.dilation]}
+            width, options = 256, {"replace_stride_with_dilation": [False, False, cfg.dilation]}
             if cfg.backbone in ("resnet18", "resnet34"):
-                width, dilation = 64, {}
+                width, options = 64, {}
             norm = NORMS[cfg.batch_norm_type]
-            resnet = torchvision.models.get_model(cfg.backbone, norm_layer=norm, **dilation)
+            resnet = torchvision.models.get_model(cfg.backbone, norm_layer=norm, **options)
             stages = {f"layer{level}": str(i) for i, level in enumerate(levels)}
             self.body = IntermediateLayerGetter(resnet, return_layers=stages)
             self.num_channels = [width * 2 ** (level - 1) for level in levels]

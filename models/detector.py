@@ -63,7 +63,8 @@ class Detector(nn.Module):
         self.prepare_denoising = denoising(cfg)
 
     def encode(self, images: NestedTensor) -> tuple:
-        """What the decoder attends to: the last of its arguments, memory (B, S, D) first."""
+        """What the decoder attends to: the last of its arguments, memory (B, S, D) first, or a list
+        of levels of each."""
         raise NotImplementedError
 
     def queries(self, batch_size: int, *encoded) -> tuple[Tensor, Tensor, dict]:

@@ -63,7 +63,10 @@ class Build(build_ext):
 def find_nvcc() -> str:
     """The compiler of a CUDA toolkit that fits torch; CompileError says what would help."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    folders = [f"{home}/bin" for home in homes] + [os.environ["PATH"], "/usr/local/cuda/bin"]
+    folders = [f"{home}/bin" for home in homes] + [
+        os.environ.get("PATH", os.defpath),
+        "/usr/local/cuda/bin",
+    ]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if nvcc is None:
         raise CompileError("There is no CUDA toolkit here (nvcc); CUDA_HOME can name one.")

@@ -94,6 +94,7 @@ def test_command_lines(line: str, expected: dict):
         ("--backbone resnet51", "did you mean resnet50?"),
         ("--backbone timm/resnet10", "did you mean timm/resnet1"),
         ("--onecyclelr --multi_step_lr", "exclude each other"),
+        ("-m dino --dn_labelbook_size 70 --num_classes 91", "70 is less than the 91 labels"),
         ("-c configs/dn_dab_detr_r5.py", "did you mean configs/dn_dab_detr_r50.py?"),
         ("stray", "'stray' belongs to no option"),
         ("--lr", "expected one argument"),

@@ -95,7 +95,9 @@ class ModelOptions:
     pretrained_backbone: bool = option(True, "begin with ImageNet weights, and freeze the stem")
     backbone_weights: str = option("", "local file of those weights, in place of the download")
     backbone_dir: str = option("", "directory of the Swin and ConvNeXt authors' files")
-    backbone_freeze_keywords: list[str] = option([], "freeze parameters with these in their names")
+    backbone_freeze_keywords: list[str] = option(
+        [], "freeze the backbone's parameters with one of these in their names"
+    )
     use_checkpoint: bool = option(False, "Swin, ConvNeXt: save memory, computing blocks twice")
     hidden_dim: int = option(256, "width of the transformer, D", low=8)
     nheads: int = option(8, "attention heads", low=1)
@@ -107,7 +109,7 @@ class ModelOptions:
         "prelu", "activation of the feed-forward blocks", choices=["prelu", "relu", "gelu"]
     )
     num_queries: int = option(300, "queries, Q: the most objects found in an image", low=1)
-    num_patterns: int = option(0, "content embeddings that every anchor is repeated for", low=0)
+    num_patterns: int = option(0, "dense decoders: content embeddings of every anchor", low=0)
     pe_temperatureH: float = option(20, "position encoding's temperature for y", low=1e-6)
     pe_temperatureW: float = option(20, "position encoding's temperature for x", low=1e-6)
     num_classes: int | None = option(
@@ -275,11 +277,12 @@ class Config(RunOptions, TrainingOptions, DataOptions, LossOptions, DenoisingOpt
             raise UserError(f"use_dn: {name} has no denoising part; use -m dn_dab_detr")
         if not self.data_aug_scales or not levels:
             raise UserError("data_aug_scales and return_interm_indices need at least one number")
-        if name in ("dab_detr", "dn_dab_detr") or "only" in name:
-            if self.query_selection != "static" or self.look_forward_twice:
-                raise UserError(f"query_selection, look_forward_twice: {name} has neither")
-        elif self.num_patterns:
-            raise UserError(f"num_patterns: {name} has no patterns, dn_dab_detr has")
+        is_dense = name in ("dab_detr", "dn_dab_detr") or "only" in name
+        if is_dense and (self.query_selection != "static" or self.look_forward_twice):
+            raise UserError(f"query_selection, look_forward_twice: {name} has neither; use dino")
+        if self.dn_labelbook_size and self.dn_labelbook_size < (self.num_classes or 0):
+            few = f"{self.dn_labelbook_size} is less than the {self.num_classes} labels"
+            raise UserError(f"dn_labelbook_size: {few} of num_classes")
         if self.num_feature_levels < levels:
             few = f"{self.num_feature_levels} is less than the {levels} levels"
             raise UserError(f"num_feature_levels: {few} of return_interm_indices")
