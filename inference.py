@@ -69,7 +69,10 @@ class Detector:
 
 
 def load_detector(
-    path: str | Path, config: str | Path = "", device: str | torch.device = "cpu", ema: bool = False
+    path: str | Path,
+    config: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    ema: bool = False,
 ) -> Detector:
     """A detector from a checkpoint. `ema`: take the averaged weights.
 
@@ -77,7 +80,7 @@ def load_detector(
     UserError where the checkpoint cannot be read, or config or weights do not fit.
     """
     checkpoint = read_checkpoint(path)
-    if not config and "config" not in checkpoint:
+    if config is None and "config" not in checkpoint:
         raise UserError(f"{path}: holds no config; name the one it was trained with, by -c or -m")
     if ema and not checkpoint.get("ema_model"):
         raise UserError(f"{path}: holds no averaged weights (ema_model); leave out --ema")
@@ -181,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("give either --images or --coco_path")
         if min(args.num_images, args.batch_size) < 1 or not 0 <= args.threshold <= 1:
             raise UserError("num_images and batch_size are at least 1, threshold is from 0 to 1")
-        config = args.config_file or ""
+        config = args.config_file
         if args.modelname:
             config = CONFIG_DIR / f"{MODELS[args.modelname]}.py"
         paths, dataset = find_images(args.images or []), None

@@ -149,7 +149,7 @@ class CocoDetection(torch.utils.data.Dataset):
         self.transforms, self.train, self.seed, self.strict = transforms, train, seed, strict
         # In shared memory, so that workers that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._warned_of_size = False
+        self._warned_of_size, self._drop_empty = False, DropEmptyBoxes()
 
         data = self._load_json()
         images = self._section(data, "images")
@@ -301,7 +301,7 @@ class CocoDetection(torch.utils.data.Dataset):
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
         labels = torch.from_numpy(self._labels[objects])
         target = {"boxes": clamp_bounding_boxes(boxes), "labels": labels}
-        image, target = DropEmptyBoxes()(tv_tensors.Image(image), target)
+        image, target = self._drop_empty(tv_tensors.Image(image), target)
         seed = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed the GPUs as well, which fork_rng does not undo here.

@@ -252,11 +252,13 @@ def make_toy_coco(
     `seed`, `size`, its split and its index, not on the counts. Raises UserError for arguments out
     of range, a directory that cannot be written, and one that holds another data set.
     """
-    counts = ("num_train", num_train, range(MAX_IMAGES)), ("num_val", num_val, range(MAX_IMAGES))
-    others = ("size", size, range(32, 65_501)), ("seed", seed, range(2**64))
-    for name, value, allowed in counts + others:
-        if not allowed[0] <= value <= allowed[-1]:
-            raise UserError(f"{name} is {value}; it must be from {allowed[0]} to {allowed[-1]}")
+    for name, value in (("num_train", num_train), ("num_val", num_val)):
+        if not 0 <= value < MAX_IMAGES:
+            raise UserError(f"{name} is {value}; it must be from 0 to {MAX_IMAGES - 1}")
+    if size < 32:
+        raise UserError(f"size is {size}; it must be at least 32 pixels")
+    if seed < 0:
+        raise UserError(f"seed is {seed}; it must not be negative")
     root = Path(root)
     try:
         files = (*root.glob("annotations/instances_*2017.json"), *root.glob("*2017/*.jpg"))

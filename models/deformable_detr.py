@@ -151,16 +151,15 @@ class DeformableDETR(Detector):
             content = with_indicator(self.tgt_embed.weight, dim, 0.0).expand(batch_size, -1, -1)
             return content, self.refpoint_embed.weight.expand(batch_size, -1, -1), {}
         selected = self.select(memory, tokens)
+        name, logits, boxes = "enc_outputs", selected.logits, selected.boxes
         if self.is_dino:
-            logits, boxes = selected.of_selected(selected.logits), selected.anchors
-        else:
-            logits, boxes = selected.logits, selected.boxes
-        outputs = {"pred_logits": logits, "pred_boxes": boxes.sigmoid()}
+            name, boxes = "interm_outputs", selected.anchors
+            logits = selected.of_selected(logits)
         content = selected.features.detach()
         if self.selection == "mixed":
             content = self.transformer.tgt_embed.weight.expand(batch_size, -1, -1)
-        name = "interm_outputs" if self.is_dino else "enc_outputs"
-        return content, selected.anchors.detach(), {name: outputs}
+        outputs = {name: {"pred_logits": logits, "pred_boxes": boxes.sigmoid()}}
+        return content, selected.anchors.detach(), outputs
 
     def classify(self, states: Tensor) -> Tensor:
         return torch.stack([f(x) for f, x in zip(self.class_embed, states, strict=False)])

@@ -163,7 +163,8 @@ def prepare_for_cdn(
     labels, boxes, near = _repeat(targets, num_groups, 2 * largest, anchors)
     image, query = near
     # Also the places left free in images with fewer objects are called background, as released.
-    supervised = torch.ones(len(anchors), num_groups * 2 * largest, device=anchors.device).bool()
+    size, device = (len(anchors), num_groups * 2 * largest), anchors.device
+    supervised = torch.ones(size, dtype=torch.bool, device=device)
     dn = Denoising(num_groups, near, labels, near, boxes, supervised)
     num_classes = num_classes or label_enc.num_embeddings - 1
     noisy_labels = add_label_noise(labels.repeat(2), num_classes, label_noise_ratio / 2)

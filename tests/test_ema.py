@@ -105,3 +105,19 @@ def test_state_dict_round_trip(model):
 def test_model_without_buffers():
     model = nn.Linear(2, 2)
     ModelEma(model).update(model)
+
+
+def test_distributed_wrapper_is_looked_through(model, tmp_path):
+    rendezvous = f"file://{tmp_path / 'rendezvous'}"
+    torch.distributed.init_process_group("gloo", rendezvous, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        ema = ModelEma(wrapped, DECAY)
+        assert list(ema.state_dict()) == list(model.state_dict())
+        expected = DECAY * model.first.weight.detach() + (1 - DECAY)
+        with torch.no_grad():
+            model.first.weight.fill_(1)
+        ema.update(wrapped)
+        torch.testing.assert_close(ema.module.first.weight, expected, rtol=1e-12, atol=1e-12)
+    finally:
+        torch.distributed.destroy_process_group()

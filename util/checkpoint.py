@@ -13,7 +13,7 @@ import uuid
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -71,12 +71,12 @@ def _not_saved(path: Path, error: Exception) -> Exception:
 
 def _keep_previous(path: Path, number: int) -> None:
     """Makes room for a new `path`: what it and its `number` predecessors are moves on by one."""
-    names = [path, *(path.with_stem(f"{path.stem}_previous_{i + 1}") for i in range(number))]
+    names = [path.with_name(f"{path.stem}_previous_{i}{path.suffix}") for i in range(1, number + 1)]
     for older, newer in pairwise(reversed(names)):
-        if newer == path and path.exists():  # which stays in its place meanwhile
-            copy_checkpoint(path, older)
-        elif newer.exists():
+        if newer.exists():
             os.replace(newer, older)
+    if names and path.exists():
+        copy_checkpoint(path, names[0])
 
 
 def save_checkpoint(path: str | os.PathLike, state: dict, keep: int = 1) -> None:
@@ -217,7 +217,7 @@ def load_weights(
     path_or_dict: str | os.PathLike | Mapping,
     *,
     strict: bool = True,
-    ignore: Sequence[str] = (),
+    ignore: Iterable[str] = (),
     source: str = "the state dict",
 ) -> LoadReport:
     """Copies a checkpoint's weights into `model`, converting their dtype to the model's.
@@ -238,7 +238,8 @@ def load_weights(
     theirs = _without_prefix(_find_state_dict(checkpoint, source))
     state = model.state_dict(keep_vars=True)  # the tensors themselves: shared ones are identical
     ours = _without_prefix(state)
-    is_ignored = lambda name: any(keyword in name for keyword in ignore)
+    keywords = tuple(ignore)
+    is_ignored = lambda name: any(keyword in name for keyword in keywords)
     # A shared tensor is ignored under all of its names, else another one would still load it.
     kept = {id(tensor) for name, tensor in ours.items() if is_ignored(name)}
     seen, fits, report = set(kept), {}, LoadReport()
@@ -258,10 +259,9 @@ def load_weights(
     missing = (name for name, tensor in ours.items() if id(tensor) not in seen)
     report.missing = [name for name in missing if not name.endswith(STEP_COUNTER)]
     if strict and (report.missing or report.unexpected or report.mismatched):
-        raise UserError(
-            f"{source}: does not fit the model, nothing of it is used; choose the config and the "
-            f"options it was trained with\n{report}"
-        )
+        problem = f"{source}: does not fit the model, nothing of it is used"
+        remedy = "choose the config and the options it was trained with"
+        raise UserError(f"{problem}; {remedy}\n{report}")
     fitting = {name: fits[id(tensor)] for name, tensor in state.items() if id(tensor) in fits}
     model.load_state_dict(fitting, strict=False)
     report.loaded = len(fitting)
@@ -334,8 +334,10 @@ def load_backbone(backbone: nn.Module, name: str, path: str = "", directory: str
     body = backbone if released else backbone.body
     if released and not path:
         path = os.path.join(directory, RELEASED_FILES[name])
-        remedy = "put its authors' file into --backbone_dir, name one with --backbone_weights"
     try:
+        if released and not os.path.exists(path):
+            remedy = "put its authors' file into --backbone_dir, name one with --backbone_weights"
+            raise FileNotFoundError(f"{path} is not there")
         if name.startswith("timm/"):
             import timm  # slow to import, and not needed to read a checkpoint
 
@@ -344,8 +346,6 @@ def load_backbone(backbone: nn.Module, name: str, path: str = "", directory: str
             model = timm.create_model(name.removeprefix("timm/"), pretrained=True, **options)
             source = model.state_dict()
         elif path:
-            if released and not os.path.exists(path):
-                raise FileNotFoundError(f"{path} is not there")
             source = _find_state_dict(read_checkpoint(path), path)
         else:
             import torchvision

@@ -280,9 +280,11 @@ class Config(RunOptions, TrainingOptions, DataOptions, LossOptions, DenoisingOpt
         is_dense = name in ("dab_detr", "dn_dab_detr") or "only" in name
         if is_dense and (self.query_selection != "static" or self.look_forward_twice):
             raise UserError(f"query_selection, look_forward_twice: {name} has neither; use dino")
-        if self.dn_labelbook_size and self.dn_labelbook_size < (self.num_classes or 0):
-            few = f"{self.dn_labelbook_size} is less than the {self.num_classes} labels"
-            raise UserError(f"dn_labelbook_size: {few} of num_classes")
+        book, labels = self.dn_labelbook_size, self.num_classes
+        if self.use_dn and book and labels and book < labels:
+            raise UserError(
+                f"dn_labelbook_size: {book} is less than the {labels} labels of num_classes"
+            )
         if self.num_feature_levels < levels:
             few = f"{self.num_feature_levels} is less than the {levels} levels"
             raise UserError(f"num_feature_levels: {few} of return_interm_indices")
@@ -290,7 +292,7 @@ class Config(RunOptions, TrainingOptions, DataOptions, LossOptions, DenoisingOpt
             raise UserError("onecyclelr and multi_step_lr exclude each other")
 
 
-GROUPS = Config.__bases__[::-1]
+GROUPS = Config.__bases__[::-1]  # in the order of --help
 METAVARS = {bool: "BOOL", int: "N", float: "X", str: "TEXT"}
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class ModelEma:
@@ -15,13 +16,13 @@ class ModelEma:
 
     def __init__(self, model: nn.Module, decay: float = 0.9997):
         self.decay = decay
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.module = copy.deepcopy(_unwrap(model)).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Call once after each step of the optimiser."""
         floating, other = ([], []), ([], [])
-        pairs = zip(_tensors(self.module), _tensors(model), strict=True)
+        pairs = zip(_tensors(self.module), _tensors(_unwrap(model)), strict=True)
         for average, current in pairs:
             averages, currents = floating if average.is_floating_point() else other
             averages.append(average)
@@ -37,6 +38,10 @@ class ModelEma:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.module.load_state_dict(state)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:
