@@ -14,7 +14,13 @@ from torch.utils.data import DataLoader
 from datasets.coco_eval import CocoEvaluator
 from models.matcher import MatchingLog
 from run import Run
-from util.distributed import gather, sum_over_processes, world_size
+from util.distributed import (
+    by_first,
+    gather,
+    gather_to_first,
+    sum_over_processes,
+    world_size,
+)
 from util.logging import Averages, Progress, peak_memory_mb
 from util.nested_tensor import NestedTensor
 
@@ -108,6 +114,8 @@ def train_one_epoch(
     cfg, scaler, epoch, skipped = run.cfg, run.scaler, run.epoch + 1, 0
     run.model.train()
     run.criterion.train()
+    if cfg.use_ema and run.ema is None and epoch >= cfg.ema_epoch:
+        run.begin_average()
     total_steps = len(loader) // cfg.accumulate
     total_steps = min(total_steps, DEBUG_STEPS) if cfg.debug else total_steps
     progress = Progress(in_groups(loader, cfg.accumulate), f"epoch {epoch}", total_steps)
@@ -136,7 +144,7 @@ def train_one_epoch(
         scale = scaler.get_scale()
         scaler.step(run.optimizer)
         scaler.update()
-        if run.ema and epoch >= cfg.ema_epoch:
+        if run.ema:
             run.ema.update(run.model)
         if run.every_step and scaler.get_scale() >= scale:  # it shrinks when a step is left out
             run.scheduler.step()
@@ -164,6 +172,7 @@ def evaluate(
     """Fill `evaluator` with what the run's model, or its average, detects; return losses and COCO's
     figures, with `matching` its summary as well.
 
+    Of several processes the first evaluates, and it alone has all detections in `evaluator`.
     Without annotations (`annotated` False) there is nothing to return but the speed.
     """
     model.eval()
@@ -186,10 +195,11 @@ def evaluate(
         ids = [int(t["image_id"]) for t in targets]
         evaluator.update(dict(zip(ids, results, strict=True)))
         progress.images += len(targets) * world_size()
-    evaluator.join(gather(evaluator.results))
+    if parts := gather_to_first(evaluator.results):
+        evaluator.join(parts)
     averages.join(gather(averages.state_dict()))
     stats = averages.means() | {"images_per_second": progress.images_per_second}
     if matching:
         matching.join(gather(matching.found))
         stats |= matching.summary()
-    return stats | {"coco_eval_bbox": evaluator.summarize()} if annotated else stats
+    return stats | {"coco_eval_bbox": by_first(evaluator.summarize)} if annotated else stats

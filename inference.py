@@ -134,8 +134,8 @@ def run(
     title = f"predictions, score ≥ {threshold:g}"
     unique = len({path.stem for path in paths}) == len(paths)
     images, annotations = [], []
-    for start in trange(0, len(paths), args.batch_size, desc="detect", disable=None):
-        positions = range(len(paths))[start : start + args.batch_size]
+    for start in trange(0, len(paths), args.eval_batch_size, desc="detect", disable=None):
+        positions = range(len(paths))[start : start + args.eval_batch_size]
         batch = [dataset[i][0] if dataset else read_image(paths[i]) for i in positions]
         results = detector.detect(batch, threshold)
         for i, image, found in zip(positions, batch, results, strict=True):
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     parser = Parser("inference.py", description="Detect objects on images and draw them.")
     add = parser.add_argument
-    add("--resume", required=True, metavar="FILE", help="checkpoint of the detector")
+    add("--resume", required=True, metavar="FILE", help="checkpoint of the detector, or its URL")
     add("--images", nargs="+", metavar="PATH", help="images and directories of images")
     add("--coco_path", metavar="DIR", help="in their place: a data set, whose val2017 is used")
     add("--num_images", type=int, default=16, metavar="N", help="how many of val2017 (16)")
@@ -177,13 +177,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("-m", "--modelname", choices=MODELS, help="that model's published config instead")
     add("--ema", action="store_true", help="take the averaged weights")
     add("--device", default="", help="cpu, cuda, ...; by default a GPU where there is one")
-    add("--batch_size", type=int, default=1, metavar="N", help="images at once (1)")
+    add(
+        "--eval_batch_size",
+        "--batch_size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="images at once (1)",
+    )
     try:
         args = parser.parse_args(argv)
         if bool(args.images) == bool(args.coco_path):
             raise UserError("give either --images or --coco_path")
-        if min(args.num_images, args.batch_size) < 1 or not 0 <= args.threshold <= 1:
-            raise UserError("num_images and batch_size are at least 1, threshold is from 0 to 1")
+        if min(args.num_images, args.eval_batch_size) < 1 or not 0 <= args.threshold <= 1:
+            raise UserError(
+                "num_images and eval_batch_size are at least 1, threshold is from 0 to 1"
+            )
         config = args.config_file
         if args.modelname:
             config = CONFIG_DIR / f"{MODELS[args.modelname]}.py"

@@ -23,7 +23,6 @@ from util.checkpoint import (
     load_backbone,
     load_weights,
     num_classes_of,
-    read_checkpoint,
     rng_state,
     save_checkpoint,
     set_rng_state,
@@ -33,11 +32,14 @@ from util.distributed import by_first, gather, rank, seed_everything, world_size
 from util.ema import ModelEma
 from util.errors import UserError
 from util.logging import Averages
-from util.optim import build_optimizer, build_scheduler
+from util.optim import build_optimizer, build_scheduler, load_released_state, move_to
 
 logger = logging.getLogger(__name__)
 
 PROGRESS = ("epoch", "step", "trained", "seconds", "best_ap", "matches")  # of a run; see `Run`
+RATES = ("lr", "lr_backbone", "lr_linear_proj_mult", "weight_decay")  # which a resumed run keeps
+DROPS = ("multi_step_lr", "lr_drop", "lr_drop_list")  # these, too, unless they are overridden
+RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # variables of who starts a run
 
 
 def prepare_output_dir(cfg: Config, argv: Sequence[str] | None = None) -> Path | None:
@@ -86,15 +88,50 @@ def claimed(output_dir: Path | None) -> Iterator[None]:
         yield
 
 
-def read_resume(cfg: Config) -> dict | None:
-    """The checkpoint that --resume names; None without it, or where auto finds nothing yet."""
-    if cfg.resume == "auto":
-        if not cfg.output_dir:
-            raise UserError("resume: auto looks in --output_dir, which is not given")
-        found = latest_checkpoint(cfg.output_dir)
-        logger.info("resume: %s", found[0] if found else "no checkpoint yet, starting anew")
-        return found[1] if found else None
-    return read_checkpoint(cfg.resume) if cfg.resume else None
+def overwrites(cfg: Config) -> bool:
+    """Whether the run in the output directory is to go: not if it is this one, started again."""
+    return cfg.overwrite and not any(int(os.environ.get(name, 0)) for name in RESTARTS)
+
+
+def remove_run(output_dir: Path) -> None:
+    """Take a run's checkpoints and logs out of its output directory."""
+    for pattern in ("checkpoint*.pth", "log.txt", "events.out.tfevents.*"):
+        for path in output_dir.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def find_resume(cfg: Config, training: bool = False) -> str:
+    """The checkpoint to take up, "" for none: the one that --resume names, or auto's.
+
+    In training, a run that the output directory holds goes on whatever --resume says, as in DINO's
+    code, unless that names another checkpoint of it or --overwrite begins anew.
+    """
+    auto, output_dir = cfg.resume == "auto", Path(cfg.output_dir)
+    if auto and not cfg.output_dir:
+        raise UserError("resume: auto looks in --output_dir, which is not given")
+    is_own = bool(cfg.resume) and output_dir.resolve() == Path(cfg.resume).parent.resolve()
+    if training and overwrites(cfg):
+        if is_own:
+            raise UserError(f"overwrite: would remove {cfg.resume}; name another --output_dir")
+        return cfg.resume
+    if not auto and (is_own or not training or not cfg.output_dir):
+        return cfg.resume
+    found = latest_checkpoint(output_dir)
+    if found is None:
+        if auto:
+            logger.info("resume: no checkpoint yet, starting anew")
+        return "" if auto else cfg.resume
+    path, state = found
+    if auto:
+        logger.info("resume: %s", path)
+    else:
+        logger.warning(
+            "output_dir: %s holds a run, which goes on after epoch %s%s; --overwrite begins anew",
+            output_dir,
+            state.get("epoch"),
+            f", not {cfg.resume}" if cfg.resume else "",
+        )
+    return str(path)
 
 
 def class_map_of(checkpoint: dict | None) -> ClassMap | Callable | None:
@@ -126,16 +163,15 @@ class Run:
         self.model, self.criterion = model.to(device), criterion.to(device)
         self.parallel: nn.Module = self.model  # what is trained, wrapped where there are processes
         self.optimizer = build_optimizer(self.model, cfg)
+        self.steps = steps  # of an epoch
         self.scheduler, self.every_step = build_scheduler(self.optimizer, cfg, steps)
         fp16 = cfg.amp and cfg.amp_dtype == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.ema = ModelEma(self.model, cfg.ema_decay) if cfg.use_ema else None
+        self.ema: ModelEma | None = None  # until `begin_average`
 
-    @property
-    def source(self) -> str:
-        """What an error calls the checkpoint of --resume."""
-        cfg = self.cfg
-        return f"the newest of {cfg.output_dir}" if cfg.resume == "auto" else cfg.resume
+    def begin_average(self) -> None:
+        """Keep an average of the weights from now on, which begins with those of now."""
+        self.ema = ModelEma(self.model, self.cfg.ema_decay)
 
     def state_dict(self) -> dict:
         """What a checkpoint holds. All processes have to ask for it together."""
@@ -165,40 +201,78 @@ class Run:
         elif cfg.pretrained_backbone:
             name, path, directory = cfg.backbone, cfg.backbone_weights, cfg.backbone_dir
             load_backbone(self.model.backbone[0], name, path, directory)
-        if self.ema:
-            self.ema.load_state_dict(self.model.state_dict())
+        if cfg.drop_lr_now or cfg.override_resumed_lr_drop:
+            logger.info("drop_lr_now, override_resumed_lr_drop: nothing is resumed, no effect")
 
     def load(self, checkpoint: dict) -> None:
-        """The weights of a checkpoint, and of its average."""
-        load_weights(self.model, checkpoint, source=self.source)
-        if self.ema:
-            self.ema.load_state_dict(checkpoint.get("ema_model") or self.model.state_dict())
+        """The weights of a checkpoint, and with --use_ema of its average, if it has one."""
+        load_weights(self.model, checkpoint, source=self.cfg.resume)
+        if self.cfg.use_ema and checkpoint.get("ema_model"):
+            self.begin_average()
+            self.ema.load_state_dict(checkpoint["ema_model"])
 
     def resume(self, checkpoint: dict) -> None:
         """Go on from the step, and with the optimiser, schedule and random state of a checkpoint.
 
-        The authors' checkpoints order the optimiser's state otherwise and hold no random state:
-        of these only the epoch is taken. With another number of processes or another batch size,
-        the epoch goes on behind as many images, with random numbers of its own.
+        The authors' checkpoints hold no random state and no schedule that is ours: of these the
+        epoch and, where it fits, the optimiser's state are taken, and the rates are those that this
+        config has in that epoch. With another number of processes or another batch size, the epoch
+        goes on behind as many images, with random numbers of its own.
         """
         self.epoch = checkpoint.get("epoch", self.epoch)
-        if "rng" not in checkpoint:
-            logger.warning("resume: no optimiser of ours in the file, so the optimiser starts anew")
-            return
+        if "rng" in checkpoint:
+            self.resume_own(checkpoint)
+        else:
+            taken = load_released_state(self.optimizer, self.model, checkpoint)
+            how = "as it was" if taken else "anew, as the file has no state that fits"
+            logger.warning("resume: after epoch %d; the optimiser goes on %s", self.epoch, how)
+            self.move_schedule()
+        if self.cfg.drop_lr_now:
+            if dropped := checkpoint.get("config", {}).get("drop_lr_now", False):
+                logger.info("drop_lr_now: the rates were divided before, in the run resumed")
+            for group in () if dropped else self.optimizer.param_groups:
+                group["lr"] *= 0.1
+
+    def move_schedule(self) -> None:
+        """Set the rates of the epoch to come."""
+        move_to(self.scheduler, (self.epoch + 1) * (self.steps if self.every_step else 1))
+
+    def keep_rates(self, before: dict) -> None:
+        """Go on with rates and drops of the config `before`; say which of now have no effect."""
+        names = RATES if self.cfg.override_resumed_lr_drop else (*RATES, *DROPS)
+        now = {name: getattr(self.cfg, name) for name in names}
+        kept = {k: before[k] for k, v in now.items() if before.get(k, v) != v}
+        if kept:
+            logger.warning(
+                "resume: %s of the checkpoint stay; %s take no effect%s",
+                ", ".join(f"{k} {v}" for k, v in kept.items()),
+                ", ".join(f"{k} {now[k]}" for k in kept),
+                "" if kept.keys() <= set(RATES) else " without --override_resumed_lr_drop",
+            )
+            self.cfg = dataclasses.replace(self.cfg, **kept)
+
+    def resume_own(self, checkpoint: dict) -> None:
+        source = self.cfg.resume
+        self.keep_rates(checkpoint["config"])
+        self.scheduler, _ = build_scheduler(self.optimizer, self.cfg, self.steps)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as e:
             raise UserError(
-                f"resume: {self.source} has other parameter groups; go on with its own "
+                f"resume: {source} has other parameter groups; go on with its own "
                 "optimizer, lr, lr_backbone, weight_decay, param_dict_type and pretrained_backbone"
             ) from e
         schedule, wanted = checkpoint["lr_scheduler"], getattr(self.scheduler, "total_steps", None)
         if schedule.get("total_steps") != wanted:
             raise UserError(
-                f"resume: the learning rate of {self.source} has another course; go on with "
+                f"resume: the learning rate of {source} has another course; go on with "
                 "its own onecyclelr, epochs, batch_size, accumulate and number of processes"
             )
-        self.scheduler.load_state_dict(schedule)
+        if self.cfg.override_resumed_lr_drop:
+            self.scheduler.base_lrs = [g["initial_lr"] for g in self.optimizer.param_groups]
+            self.move_schedule()
+        else:
+            self.scheduler.load_state_dict(schedule)
         self.scaler.load_state_dict(checkpoint["scaler"])
         for name in PROGRESS:
             setattr(self, name, checkpoint[name])

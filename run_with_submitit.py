@@ -45,11 +45,7 @@ class Job:
         sys.path.insert(0, ROOT)
         from main import main
 
-        output_dir = Path(self.output_dir or task.paths.folder)
-        argv = [*self.argv, "--output_dir", str(output_dir)]
-        if any(output_dir.glob("checkpoint*.pth")):  # the job has run before
-            argv += ["--resume", "auto"]
-        status = main(argv)
+        status = main([*self.argv, "--output_dir", self.output_dir or str(task.paths.folder)])
         if status == 128 + signal.SIGUSR2:
             time.sleep(SIGNAL_DELAY)  # the first task is requeueing the job, which ends this one
         if status:
@@ -77,6 +73,9 @@ def build_parser() -> Parser:
         add(f"--{name}", metavar="TEXT", help=f"Slurm's --{name}")
     add("--cpus_per_task", type=int, default=10, metavar="N", help="CPUs of a task (10)")
     add("--mem_gb", type=int, metavar="N", help="memory of a node; by default 40 GB a task")
+    add("--mail_user", metavar="ADDRESS", help="whom Slurm writes to")
+    add("--mail_type", default="ALL", metavar="TEXT", help="about what (ALL)")
+    add("--requeue", action="store_true", help=argparse.SUPPRESS)  # a job always is requeued
     add("--local", action="store_true", help="run here, without Slurm")
     return parser
 
@@ -87,6 +86,9 @@ def submit(args: argparse.Namespace, function: Job) -> submitit.Job:
     cluster = "local" if args.local else "slurm"
     executor = submitit.AutoExecutor(args.job_dir, cluster, slurm_max_num_timeout=1000)
     given = {f"slurm_{name}": getattr(args, name) for name in SLURM_OPTIONS}
+    more: dict = {"requeue": True, "open-mode": "append"}
+    if args.mail_user:
+        more |= {"mail-user": args.mail_user, "mail-type": args.mail_type}
     executor.update_parameters(
         name=args.job_name,
         nodes=args.nodes,
@@ -97,7 +99,7 @@ def submit(args: argparse.Namespace, function: Job) -> submitit.Job:
         timeout_min=args.timeout,
         slurm_signal_delay_s=SIGNAL_DELAY,
         slurm_srun_args=["--kill-on-bad-exit=1"],
-        slurm_additional_parameters={"requeue": True, "open-mode": "append"},
+        slurm_additional_parameters=more,
         **{name: value for name, value in given.items() if value is not None},
     )
     try:

@@ -19,7 +19,8 @@ from datasets.coco_eval import CocoEvaluator
 from datasets.loader import build_loader
 from engine import NonFiniteLoss, evaluate, train_one_epoch
 from models.matcher import MatchingLog
-from run import Run, claimed, class_map_of, prepare_output_dir, read_resume
+from run import Run, claimed, class_map_of, find_resume, prepare_output_dir
+from util.checkpoint import read_checkpoint
 from util.config import Config
 from util.distributed import by_first, rank, take_from_first, world_size
 from util.errors import UserError
@@ -128,6 +129,8 @@ def evaluate_run(run: Run, loader: DataLoader) -> dict:
         found = evaluate(run, model, loader, evaluator, matching=matching)
         run.matches = matching.matches if matching else run.matches
         stats |= {f"{prefix}_{k}": v for k, v in found.items()}
+        if rank() > 0:
+            continue
         logger.info("%s\n%s", prefix, evaluator.table())
         if run.cfg.eval_per_class:
             rows = evaluator.per_class().items()
@@ -139,8 +142,7 @@ def evaluate_run(run: Run, loader: DataLoader) -> dict:
 
 def write_results(evaluator: CocoEvaluator, path: Path) -> None:
     detections = evaluator.detections
-    if rank() == 0:
-        path.write_text(json.dumps(detections))
+    path.write_text(json.dumps(detections))
     logger.info("%d detections in %s", len(detections), path)
 
 
@@ -159,7 +161,8 @@ def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
     """Train from the beginning or from a checkpoint, evaluating after every epoch."""
     output_dir = by_first(lambda: prepare_output_dir(cfg))
     with claimed(output_dir), StopRequest() as stop:
-        checkpoint = read_resume(cfg)
+        cfg = dataclasses.replace(cfg, resume=by_first(lambda: find_resume(cfg, training=True)))
+        checkpoint = read_checkpoint(cfg.resume) if cfg.resume else None
         train_set = build_dataset(cfg, "train", class_map_of(checkpoint))
         class_map = train_set.class_map
         check_queries(train_set, cfg)
@@ -174,7 +177,7 @@ def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
         run = Run(cfg, device, class_map, len(train_loader) // cfg.accumulate)
         run.begin(checkpoint)
         del checkpoint
-        by_first(lambda: prepare_output_dir(cfg, argv))
+        by_first(lambda: prepare_output_dir(run.cfg, argv))
         if output_dir is None:
             logger.warning("nothing of this run will be kept: there is no --output_dir")
         train_epochs(run, train_loader, val_loader, stop)
@@ -182,9 +185,10 @@ def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
 
 def evaluate_only(cfg: Config, device: torch.device) -> None:
     """--eval and --test: no training, only what a checkpoint detects."""
-    checkpoint = read_resume(cfg)
-    if checkpoint is None:
+    cfg = dataclasses.replace(cfg, resume=by_first(lambda: find_resume(cfg)))
+    if not cfg.resume:
         raise UserError("resume: --eval and --test need the checkpoint to evaluate, --resume FILE")
+    checkpoint = read_checkpoint(cfg.resume)
     output_dir = by_first(lambda: prepare_output_dir(cfg))
     if cfg.test and output_dir is None:
         raise UserError("output_dir: --test writes its detections there")
@@ -193,6 +197,8 @@ def evaluate_only(cfg: Config, device: torch.device) -> None:
     cfg = dataclasses.replace(cfg, num_classes=dataset.class_map.num_classes)
     run = Run(cfg, device, dataset.class_map)
     run.load(checkpoint)
+    if cfg.use_ema and run.ema is None:
+        logger.warning("use_ema: %s holds no averaged weights (ema_model)", cfg.resume)
     loader = build_loader(dataset, cfg, train=False)
     if not cfg.test:
         stats = evaluate_run(run, loader)
@@ -201,5 +207,6 @@ def evaluate_only(cfg: Config, device: torch.device) -> None:
         return
     evaluator = CocoEvaluator(dataset)
     evaluate(run, run.model, loader, evaluator, annotated=False)
-    name = f"detections_test-dev2017_{cfg.modelname}_results.json"
-    write_results(evaluator, output_dir / name)
+    if rank() == 0:
+        name = f"detections_test-dev2017_{cfg.modelname}_results.json"
+        write_results(evaluator, output_dir / name)

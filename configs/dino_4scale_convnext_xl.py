@@ -3,4 +3,3 @@
 _base_ = "dino_4scale_r50.py"
 
 backbone = "convnext_xlarge_22k"
-use_checkpoint = True

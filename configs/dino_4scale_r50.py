@@ -15,6 +15,8 @@ contrastive = True
 dn_number = 100
 dn_label_noise_ratio = 0.5
 dn_box_noise_scale = 1.0
+dn_num_boxes = "mean"
 
 epochs = 12
 lr_drop = 11
+save_checkpoint_interval = 1

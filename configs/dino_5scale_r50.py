@@ -5,3 +5,4 @@ _base_ = "dino_4scale_r50.py"
 
 return_interm_indices = [0, 1, 2, 3]
 num_feature_levels = 5
+batch_size = 1  # on 16 GPUs

@@ -2,3 +2,4 @@
 
 _base_ = "dn_dab_detr_r50.py"
 dilation = True
+batch_size = 1  # on 16 GPUs

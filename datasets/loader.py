@@ -47,7 +47,8 @@ class EpochBatches(Sampler[list[int]]):
 def build_loader(dataset: CocoDetection, cfg: Config, train: bool) -> DataLoader:
     """Batches (NestedTensor, targets); UserError if a training set is too small for one step."""
     group = cfg.accumulate if train else 1
-    batches = EpochBatches(len(dataset), cfg.batch_size, train, cfg.seed, group)
+    size = cfg.batch_size if train else cfg.eval_batch_size
+    batches = EpochBatches(len(dataset), size, train, cfg.seed, group)
     if train and not batches.total:
         step = f"one step of {group} batches of {cfg.batch_size} in {world_size()} processes"
         raise UserError(f"batch_size: {len(dataset)} training images are too few for {step}")

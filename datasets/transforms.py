@@ -101,12 +101,13 @@ def train_transforms(
 ) -> nn.Module:
     """Horizontal flip; then, evenly, a resize to one of `scales`, or a resize to one of
     `scales2_resize`, a crop with sides in `scales2_crop` = (min, max) and the first resize again.
-    Without `scales2_crop` only the first. With `fix_size` the resize of `eval_transforms` instead.
+    Without `scales2_crop` only the first. With `fix_size`, as released, every image becomes as high
+    as the largest of `scales` and `max_size` wide, whatever its shape.
     """
     flip = v2.RandomHorizontalFlip(0.5)
-    if fix_size:
-        return v2.Compose([flip, eval_transforms(scales, max_size)])
     _check_scales("data_aug_scales", scales)
+    if fix_size:
+        return v2.Compose([flip, v2.Resize((max(scales), max_size)), ToModelInput()])
     resize = ResizeShortestSide(scales, max_size)
     if scales2_crop:
         _check_scales("data_aug_scales2_resize", scales2_resize)

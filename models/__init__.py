@@ -39,8 +39,8 @@ def build_model(cfg: Config) -> tuple[nn.Module, SetCriterion, PostProcess]:
     matcher = HungarianMatcher(
         cfg.set_cost_class, cfg.set_cost_bbox, cfg.set_cost_giou, cfg.focal_alpha
     )
-    criterion = SetCriterion(matcher, loss_weights(cfg), cfg.focal_alpha)
-    return model, criterion, PostProcess(cfg.num_select)
+    criterion = SetCriterion(matcher, loss_weights(cfg), cfg.focal_alpha, cfg.dn_num_boxes)
+    return model, criterion, PostProcess(cfg.num_select, cfg.nms_iou_threshold)
 
 
 def build_backbone(cfg: Config) -> nn.Module:
@@ -63,18 +63,22 @@ def build_backbone(cfg: Config) -> nn.Module:
 
 
 def loss_weights(cfg: Config) -> dict[str, float]:
-    """{loss name: weight} of every loss that the config trains with."""
+    """{loss name: weight} of every loss. Without `aux_loss` those of the layers before the last
+    weigh 0, so that these layers' own heads have a gradient, which DDP waits for."""
     terms = {
         "loss_ce": cfg.cls_loss_coef,
         "loss_bbox": cfg.bbox_loss_coef,
         "loss_giou": cfg.giou_loss_coef,
     }
     parts = ["", "_dn"] if cfg.use_dn else [""]
-    layers = ["", *(f"_{i}" for i in range(cfg.dec_layers - 1) if cfg.aux_loss)]
-    weights = {
-        f"{k}{part}{layer}": w for layer in layers for part in parts for k, w in terms.items()
-    }
+    weights = {f"{k}{part}": w for part in parts for k, w in terms.items()}
+    for i in range(cfg.dec_layers - 1):
+        layer = {f"{k}{part}_{i}": w for part in parts for k, w in terms.items()}
+        weights |= layer if cfg.aux_loss else dict.fromkeys(layer, 0.0)
     if cfg.query_selection != "static":
-        tokens = "_interm" if cfg.modelname == "dino" else "_enc"
-        return weights | {f"{k}{tokens}": w for k, w in terms.items()}
+        name = "_interm" if cfg.modelname == "dino" else "_enc"
+        tokens = {f"{k}{name}": w * cfg.interm_loss_coef for k, w in terms.items()}
+        if cfg.no_interm_box_loss:
+            tokens |= dict.fromkeys((f"loss_bbox{name}", f"loss_giou{name}"), 0.0)
+        weights |= tokens
     return weights

@@ -90,11 +90,16 @@ class FeedForward(nn.Module):
         return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
 
 
-def init_transformer(module: nn.Module) -> None:
-    """Xavier for every matrix inside `module`, but deformable attention's own initial values."""
+def xavier_matrices(module: nn.Module) -> None:
+    """Xavier for every matrix inside `module`, embeddings included."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
+
+
+def init_transformer(module: nn.Module) -> None:
+    """Xavier for every matrix inside `module`, but deformable attention's own initial values."""
+    xavier_matrices(module)
     for part in module.modules():
         if isinstance(part, MSDeformAttn):
             part.reset_parameters()

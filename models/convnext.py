@@ -57,6 +57,9 @@ class ConvNeXt(nn.Module):
             nn.Sequential(*(Block(dim) for _ in range(depth)))
             for dim, depth in zip(dims, depths, strict=True)
         )
+        for stage in range(max(levels), len(dims)):  # no feature map depends on it
+            self.downsample_layers[stage].requires_grad_(False)
+            self.stages[stage].requires_grad_(False)
         for stage, dim in enumerate(dims):
             self.add_module(f"norm{stage}", LayerNorm2d(dim))
 
@@ -67,7 +70,8 @@ class ConvNeXt(nn.Module):
         for stage, (downsample, blocks) in enumerate(
             zip(self.downsample_layers, self.stages, strict=True)
         ):
-            x = run_blocks(blocks, downsample(x), twice=self.use_checkpoint and self.training)
+            if stage < max(self.levels):
+                x = run_blocks(blocks, downsample(x), twice=self.use_checkpoint and self.training)
             norm = self.get_submodule(f"norm{stage}")
             if stage + 1 in self.levels:
                 feature = norm(x)

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from util.box_ops import box_losses
-
-from .dn_components import by_layer, compute_dn_loss
+from .dn_components import box_losses, by_layer, compute_dn_loss
 from .matcher import HungarianMatcher
 
 TERMS = ("loss_ce", "loss_bbox", "loss_giou")
@@ -17,16 +15,24 @@ TERMS = ("loss_ce", "loss_bbox", "loss_giou")
 class SetCriterion(nn.Module):
     """Focal, L1 and GIoU loss after Hungarian matching, for all decoder layers at once.
 
+    `dn_num_boxes` is "mean" where the denoising losses are divided like the others, and "process"
+    where they are by the objects of this process alone.
+
     `weight_dict` names the losses that are trained, with their weights: `loss_ce`, `loss_bbox`,
     `loss_giou` for the last layer, `_0`, `_1`, ... for those before it, `_dn` for denoising,
     `_interm` or `_enc` for the encoder's tokens that queries are selected from.
     """
 
     def __init__(
-        self, matcher: HungarianMatcher, weight_dict: dict[str, float], focal_alpha: float
+        self,
+        matcher: HungarianMatcher,
+        weight_dict: dict[str, float],
+        focal_alpha: float,
+        dn_num_boxes: str = "process",
     ):
         super().__init__()
         self.matcher, self.weight_dict, self.focal_alpha = matcher, weight_dict, focal_alpha
+        self.dn_num_boxes = dn_num_boxes
 
     def forward(
         self,
@@ -36,9 +42,9 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """What the detector returned and its targets -> {loss name: scalar}, not yet weighted.
 
-        `num_boxes` is what the losses are divided by, those of denoising by so many in every
-        group; by default the number of target boxes, at least 1. Processes that train together
-        pass its mean over all of them.
+        `num_boxes` is what the losses are divided by, those of denoising, with "mean", by so many
+        in every group; by default the number of target boxes, at least 1. Processes that train
+        together pass its mean over all of them.
         Beside the losses there are `class_error`, the matched queries whose best class is wrong
         (%), and `cardinality_error`, how far the number of confident queries is from the
         number of objects, both of the last layer, and the `dn_groups` and `dn_queries` of the
@@ -55,7 +61,8 @@ class SetCriterion(nn.Module):
         if dn := outputs.get("dn"):
             sizes = {"dn_groups": dn.num_groups, "dn_queries": dn.num_queries}
             losses |= {k: torch.full_like(losses["loss_ce"], n) for k, n in sizes.items()}
-        return losses | compute_dn_loss(dn, self.focal_alpha, num_boxes)
+        dn_boxes = num_boxes if self.dn_num_boxes == "mean" else None
+        return losses | compute_dn_loss(dn, self.focal_alpha, dn_boxes)
 
     def matching_losses(
         self,

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from util.config import Config
 from util.nested_tensor import NestedTensor
 
-from .detector import Detector, box_head, class_head
+from .detector import Detector, box_head, class_head, spread_centres
 from .dn_components import with_indicator
 from .position_encoding import SinePositionEncoding
 from .transformer import Decoder, Encoder, Transformer
@@ -24,6 +24,8 @@ class DABDETR(Detector):
         self.bbox_embed = box_head(cfg)
         self.transformer.decoder.bbox_embed = self.bbox_embed
         self.refpoint_embed = nn.Embedding(cfg.num_queries, 4)
+        if cfg.random_refpoints_xy:
+            spread_centres(self.refpoint_embed)
         self.input_proj = input_proj
         self.backbone = nn.ModuleList([backbone, SinePositionEncoding(cfg)])
         has_denoising = cfg.modelname.startswith("dn_")

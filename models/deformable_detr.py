@@ -4,6 +4,7 @@ where queries come from, and the denoising; encoder and decoder are the same.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from util.config import Config
 from util.nested_tensor import NestedTensor
 
+from .attention import xavier_matrices
 from .backbone import resize_mask
 from .dab_detr import DABDETR
 from .deformable_transformer import (
@@ -20,7 +22,7 @@ from .deformable_transformer import (
     DeformableTransformer,
     Tokens,
 )
-from .detector import Detector, box_head, class_head
+from .detector import Detector, box_head, class_head, spread_centres
 from .dn_components import with_indicator
 from .position_encoding import SinePositionEncoding
 from .query_selection import Selection, select_queries
@@ -35,7 +37,8 @@ def clones(module: nn.Module, number: int, share: bool) -> nn.ModuleList:
 class InputProjection(nn.ModuleList):
     """Feature maps of the backbone, and smaller ones made from the last, to one width.
 
-    Members are 1x1 convolutions, then 3x3 ones of stride 2, each with GroupNorm.
+    Members are 1x1 convolutions, then 3x3 ones of stride 2, each with GroupNorm: 32 groups, or as
+    many as divide a width that is not a multiple of 32.
     """
 
     def __init__(self, cfg: Config, num_channels: Sequence[int]):
@@ -45,10 +48,8 @@ class InputProjection(nn.ModuleList):
         while len(convs) < cfg.num_feature_levels:
             convs.append(nn.Conv2d(channels, dim, kernel_size=3, stride=2, padding=1))
             channels = dim
-        for conv in convs:
-            nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
-        super().__init__(nn.Sequential(conv, nn.GroupNorm(32, dim)) for conv in convs)
+        groups = math.gcd(32, dim)
+        super().__init__(nn.Sequential(conv, nn.GroupNorm(groups, dim)) for conv in convs)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         levels = [project(x) for project, x in zip(self, features, strict=False)]
@@ -71,7 +72,19 @@ def encode_levels(model: Detector, images: NestedTensor) -> tuple[Tensor, Tokens
 
 
 class DeformableEncoderDABDETR(DABDETR):
-    """DAB-DETR's or DN-DETR's queries and dense decoder over a deformable encoder's levels."""
+    """DAB-DETR's or DN-DETR's queries and dense decoder over a deformable encoder's levels.
+
+    Its first weights are the released ones and unlike the other models': the encoder's sampling
+    offsets and attention weights and the patterns are Xavier-distributed, and the box head and the
+    input projections keep PyTorch's defaults.
+    """
+
+    def __init__(self, cfg: Config, backbone: nn.Module):
+        super().__init__(cfg, backbone)
+        xavier_matrices(self.transformer.encoder)
+        if cfg.num_patterns:
+            xavier_matrices(self.transformer.patterns)
+        self.bbox_embed.layers[-1].reset_parameters()
 
     def make_transformer(self, cfg: Config, channels: list[int]) -> tuple[nn.Module, nn.Module]:
         input_proj, encoder = InputProjection(cfg, channels), DeformableEncoder(cfg)
@@ -97,6 +110,9 @@ class DeformableDETR(Detector):
         decoder = DeformableDecoder(cfg)
         self.transformer = DeformableTransformer(cfg, DeformableEncoder(cfg), decoder)
         self.input_proj = InputProjection(cfg, backbone.num_channels)
+        for conv, _ in self.input_proj:
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
         self.backbone = nn.ModuleList([backbone, SinePositionEncoding(cfg)])
         self.make_heads(cfg)
         self.make_queries(cfg)
@@ -109,6 +125,8 @@ class DeformableDETR(Detector):
         number = cfg.dec_layers + int(selects and not self.is_dino)
         self.class_embed = clones(class_head(cfg), number, cfg.dec_pred_class_embed_share)
         self.bbox_embed = clones(box_head(cfg), number, cfg.dec_pred_bbox_embed_share)
+        if not (self.is_dino or selects or cfg.dec_pred_bbox_embed_share):
+            nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2)  # begins with small boxes
         decoder.bbox_embed = self.bbox_embed
         if self.is_dino or selects:
             decoder.class_embed = self.class_embed
@@ -119,18 +137,24 @@ class DeformableDETR(Detector):
             transformer.enc_out_bbox_embed = pick(self.bbox_embed[0], shares[1])
 
     def make_queries(self, cfg: Config) -> None:
+        """What queries learn, and the embeddings of the labels, which denoising alone has here."""
         dim, self.label_enc = cfg.hidden_dim, None
         if self.is_dino:
             self.label_enc = nn.Embedding((cfg.dn_labelbook_size or cfg.num_classes) + 1, dim)
         elif cfg.modelname.startswith("dn_"):
             self.label_enc = nn.Embedding(cfg.num_classes + 1, dim - 1)
+        if self.label_enc is not None:
+            self.label_enc.requires_grad_(cfg.use_dn)
         if self.selection == "static":
             # With label embeddings, DN-DETR's content leaves room for the indicator.
             width = dim if self.label_enc is None else self.label_enc.embedding_dim
             self.tgt_embed = nn.Embedding(self.num_queries, width)
             self.refpoint_embed = nn.Embedding(self.num_queries, 4)
-        elif self.selection == "mixed":
-            self.transformer.tgt_embed = nn.Embedding(self.num_queries, dim)
+            if self.is_dino:
+                xavier_matrices(self.tgt_embed)
+                xavier_matrices(self.refpoint_embed)
+            if cfg.random_refpoints_xy:
+                spread_centres(self.refpoint_embed)
 
     def select(self, memory: Tensor, tokens: Tokens) -> Selection:
         transformer = self.transformer

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ops import MSDeformAttn
-from util.box_ops import inverse_sigmoid
 from util.config import Config
 
 from .attention import MLP, FeedForward, MultiheadAttention, init_transformer
+from .dn_components import inverse_sigmoid
 from .position_encoding import anchor_embedding
 
 
@@ -156,7 +156,9 @@ class DeformableDecoder(nn.Module):
         dim, is_dino = cfg.hidden_dim, cfg.modelname == "dino"
         self.layers = nn.ModuleList(DeformableDecoderLayer(cfg) for _ in range(cfg.dec_layers))
         self.norm = nn.LayerNorm(dim) if is_dino else None
-        self.query_scale = None if is_dino else MLP(dim, dim, dim, 2)
+        self.query_scale = None
+        if not is_dino:
+            self.query_scale = MLP(dim, dim, dim, 2).requires_grad_(cfg.dec_layers > 1)
         self.ref_point_head = MLP(2 * dim, dim, dim, 2)
         self.look_forward_twice = cfg.look_forward_twice
 
@@ -196,7 +198,7 @@ class DeformableDecoder(nn.Module):
 
 class DeformableTransformer(nn.Module):
     """Deformable encoder and any decoder; where queries are selected among the encoder's tokens,
-    what projects these."""
+    what projects these, and in mixed selection the content that queries learn."""
 
     def __init__(self, cfg: Config, encoder: DeformableEncoder, decoder: nn.Module):
         super().__init__()
@@ -204,5 +206,7 @@ class DeformableTransformer(nn.Module):
         if cfg.query_selection != "static":
             self.enc_output = nn.Linear(cfg.hidden_dim, cfg.hidden_dim)
             self.enc_output_norm = nn.LayerNorm(cfg.hidden_dim)
+        if cfg.query_selection == "mixed":
+            self.tgt_embed = nn.Embedding(cfg.num_queries, cfg.hidden_dim)
         init_transformer(self)
         self.level_embed = nn.Parameter(torch.randn(cfg.num_feature_levels, cfg.hidden_dim))

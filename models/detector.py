@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from util.config import Config
@@ -12,6 +13,7 @@ from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from .attention import MLP
 from .dn_components import (
     dn_post_process,
+    inverse_sigmoid,
     prepare_for_cdn,
     prepare_for_cdn_of_dn_detr,
     prepare_for_dn,
@@ -33,6 +35,13 @@ def box_head(cfg: Config) -> MLP:
     return head
 
 
+@torch.no_grad()
+def spread_centres(anchors: nn.Embedding) -> None:
+    """Have learned anchors (Q, 4), which are kept before the sigmoid, begin anywhere in the image.
+    They do train, as in the released code, whose option means to freeze their centres."""
+    anchors.weight[:, :2] = inverse_sigmoid(torch.rand(anchors.num_embeddings, 2))
+
+
 def denoising(cfg: Config) -> Callable | None:
     """What puts denoising queries in front of the others, with its noise set; None without."""
     if not cfg.use_dn:
@@ -41,13 +50,14 @@ def denoising(cfg: Config) -> Callable | None:
         "label_noise_ratio": cfg.dn_label_noise_ratio,
         "box_noise_scale": cfg.dn_box_noise_scale,
     }
-    if not cfg.contrastive:
-        return partial(prepare_for_dn, num_groups=cfg.dn_number, **noise)
-    if cfg.modelname == "dn_dab_dino_deformable_detr":
-        return partial(prepare_for_cdn_of_dn_detr, num_denoising=cfg.dn_number, **noise)
-    noise["num_classes"] = cfg.num_classes  # label_enc may have more rows
     # DINO's released code doubles the number that it is given.
-    return partial(prepare_for_cdn, num_denoising=2 * cfg.dn_number, **noise)
+    number = 2 * cfg.dn_number if cfg.modelname == "dino" else cfg.dn_number
+    if not cfg.contrastive:
+        return partial(prepare_for_dn, num_groups=number, **noise)
+    if cfg.modelname == "dn_dab_dino_deformable_detr":
+        return partial(prepare_for_cdn_of_dn_detr, num_denoising=number, **noise)
+    noise["num_classes"] = cfg.num_classes  # label_enc may have more rows
+    return partial(prepare_for_cdn, num_denoising=number, **noise)
 
 
 class Detector(nn.Module):

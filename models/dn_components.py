@@ -10,7 +10,9 @@ trained to restore it; no matching is needed there, so the targets are stable fr
     losses.update(compute_dn_loss(dn))                   # loss_ce_dn, loss_bbox_dn, ... for dn only
 
 `prepare_for_cdn` in place of the first is contrastive: it adds boxes too far off, to be rejected.
-Needs nothing of this package but `util.box_ops`, and runs on any device and in any dtype.
+This file needs torch and torchvision alone, so it works copied into another project, on any device
+and in any dtype; the box formats, the generalized IoU and the inverse sigmoid at its end are those
+of the whole project.
 """
 
 from collections.abc import Sequence
@@ -20,8 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
-
-from util.box_ops import box_cxcywh_to_xyxy, box_losses, box_xyxy_to_cxcywh, inverse_sigmoid
 
 
 @dataclass
@@ -113,6 +113,7 @@ def prepare_for_dn(
         anchors: (B, Q, 4), the matching queries' anchors before the sigmoid.
         content: (B, Q, D), the matching queries' content; by default label_enc's last row with
             indicator 0, as in DN-DETR, which makes D one more than label_enc is wide.
+        num_groups: how many groups; from 100 on, about how many queries they are to make.
 
     Returns:
         content (B, P + Q, D), anchors (B, P + Q, 4) before the sigmoid, the self-attention mask
@@ -129,6 +130,7 @@ def prepare_for_dn(
         return content, anchors, None, None
 
     group_size = max(len(t["labels"]) for t in targets)
+    num_groups = denoising_groups(num_groups, group_size)
     labels, boxes, where = _repeat(targets, num_groups, group_size, anchors)
     supervised = _true_at(where, batch_size, num_groups * group_size)
     dn = Denoising(num_groups, where, labels, where, boxes, supervised)
@@ -159,7 +161,7 @@ def prepare_for_cdn(
         num_classes: labels to draw from; by default one fewer than label_enc has rows.
     """
     largest = max(len(t["labels"]) for t in targets)
-    num_groups = contrastive_groups(num_denoising, largest)
+    num_groups = denoising_groups(num_denoising, 2 * largest)
     labels, boxes, near = _repeat(targets, num_groups, 2 * largest, anchors)
     image, query = near
     # Also the places left free in images with fewer objects are called background, as released.
@@ -193,7 +195,7 @@ def prepare_for_cdn_of_dn_detr(
     embedding. The released figures were computed so.
     """
     counts = [len(t["labels"]) for t in targets]
-    num_groups = contrastive_groups(num_denoising, max(counts))
+    num_groups = denoising_groups(num_denoising, 2 * max(counts))
     doubled = [
         {k: t[k].repeat(2, *[1] * (t[k].dim() - 1)) for k in ("labels", "boxes")} for t in targets
     ]
@@ -212,12 +214,12 @@ def prepare_for_cdn_of_dn_detr(
     return _put_in_front(content, anchors, known, where, dn)
 
 
-def contrastive_groups(num_denoising: int, largest: int) -> int:
-    """Groups that make about `num_denoising` queries, for `largest` objects in an image; numbers
-    under 100 are, as released, the number of groups itself."""
-    if num_denoising >= 100:
-        num_denoising //= 2 * max(largest, 1)
-    return max(num_denoising, 1)
+def denoising_groups(number: int, group_size: int) -> int:
+    """Groups of `group_size` queries that make about `number` queries, at least 1; numbers under
+    100 are, as released, the number of groups itself."""
+    if number >= 100:
+        number //= max(group_size, 1)
+    return max(number, 1)
 
 
 def _repeat(
@@ -304,3 +306,48 @@ def by_layer(losses: dict[str, Tensor]) -> dict[str, Tensor]:
         *auxiliary, named[name] = values.unbind()
         named.update({f"{name}_{i}": value for i, value in enumerate(auxiliary)})
     return named
+
+
+# Boxes
+
+
+def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(..., 4) centre and size -> (..., 4) corners."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """(..., 4) corners -> (..., 4) centre and size."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Generalized IoU (Rezatofighi et al. 2019) of corner boxes (..., 4) that broadcast, -> (...).
+
+    Pairs: equal shapes. All against all: `boxes1[:, None], boxes2[None]`. Boxes without area give
+    -1 to 0 and NaN gives NaN; nothing is asserted.
+    """
+    x1, y1, x2, y2 = boxes1.unbind(-1)
+    u1, v1, u2, v2 = boxes2.unbind(-1)
+    tiny = torch.finfo(boxes1.dtype).tiny
+    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp(min=0)
+    intersection = width * (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp(min=0)
+    union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - intersection
+    hull = (torch.maximum(x2, u2) - torch.minimum(x1, u1)) * (
+        torch.maximum(y2, v2) - torch.minimum(y1, v1)
+    )
+    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def box_losses(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 distance and 1 - GIoU of paired cxcywh boxes (..., 4) that broadcast, both (...)."""
+    giou = generalized_box_iou(box_cxcywh_to_xyxy(pred), box_cxcywh_to_xyxy(target))
+    return (pred - target).abs().sum(-1), 1 - giou
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
+    """log(x / (1 - x)), with x clamped to [0, 1] and both terms from below at `eps`."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

@@ -8,9 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
-
-from .dn_components import by_layer
+from .dn_components import box_cxcywh_to_xyxy, by_layer, generalized_box_iou
 
 
 class HungarianMatcher:

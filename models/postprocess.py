@@ -2,16 +2,19 @@
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import nms
 
-from util.box_ops import box_cxcywh_to_xyxy
+from .dn_components import box_cxcywh_to_xyxy
 
 
 class PostProcess(nn.Module):
-    """Keeps the `num_select` best of all (query, class) pairs, by the class's sigmoid score."""
+    """Keeps the `num_select` best of all (query, class) pairs, by the class's sigmoid score; with
+    `nms_iou_threshold` above 0, of these only what overlaps none that is better, of any class, by
+    more."""
 
-    def __init__(self, num_select: int):
+    def __init__(self, num_select: int, nms_iou_threshold: float = -1):
         super().__init__()
-        self.num_select = num_select
+        self.num_select, self.nms_iou_threshold = num_select, nms_iou_threshold
 
     def forward(self, outputs: dict[str, Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
         """sizes (B, 2): height and width, without padding, that boxes are wanted in.
@@ -27,7 +30,11 @@ class PostProcess(nn.Module):
         boxes = box_cxcywh_to_xyxy(boxes).gather(1, query[..., None].expand(-1, -1, 4))
         height, width = sizes.to(boxes).unbind(1)
         boxes = boxes * torch.stack([width, height, width, height], dim=1)[:, None]
-        return [
+        results = [
             {"scores": s, "labels": c, "boxes": b}
             for s, c, b in zip(scores, labels, boxes, strict=True)
         ]
+        if self.nms_iou_threshold <= 0:
+            return results
+        kept = [nms(r["boxes"], r["scores"], self.nms_iou_threshold) for r in results]
+        return [{k: v[keep] for k, v in r.items()} for r, keep in zip(results, kept, strict=True)]

@@ -78,6 +78,10 @@ class Swin(nn.Module):
             layer = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
             if stage + 1 < len(depths):
                 layer["downsample"] = PatchMerging(width)
+            # Without gradient where no feature map depends on it.
+            layer.requires_grad_(stage < max(levels))
+            if "downsample" in layer:
+                layer["downsample"].requires_grad_(stage + 1 < max(levels))
             self.layers.append(layer)
         for level, width in zip(levels, self.num_channels, strict=True):
             self.add_module(f"norm{level - 1}", nn.LayerNorm(width))
@@ -86,11 +90,11 @@ class Swin(nn.Module):
         """Images (B, 3, H, W) -> a feature map (B, C, H / stride, W / stride) and mask a level."""
         x = self.patch_embed(images.tensors)
         features = []
-        for stage, layer in enumerate(self.layers):
+        for stage, layer in enumerate(self.layers[: max(self.levels)]):
             x = run_blocks(layer["blocks"], x, twice=self.use_checkpoint and self.training)
             if stage + 1 in self.levels:
                 feature = self.get_submodule(f"norm{stage}")(x).permute(0, 3, 1, 2)
                 features.append(NestedTensor(feature, resize_mask(images.mask, feature)))
-            if "downsample" in layer:
+            if stage + 1 < max(self.levels):
                 x = layer["downsample"](x)
         return features

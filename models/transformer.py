@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from util.box_ops import inverse_sigmoid
 from util.config import Config
 
 from .attention import MLP, Attention, FeedForward, MultiheadAttention, init_transformer
+from .dn_components import inverse_sigmoid
 from .position_encoding import anchor_embedding
 
 
@@ -123,6 +123,7 @@ class MultiLevelDecoderLayer(DecoderLayer):
         super().__init__(cfg, is_first)
         self.cross_attn.out_proj = nn.Identity()
         self.ca_out_v_proj = nn.Linear(cfg.hidden_dim, cfg.hidden_dim)
+        nn.init.zeros_(self.ca_out_v_proj.bias)
         self.lvl_attn = nn.Linear(cfg.hidden_dim, cfg.num_feature_levels)
 
     def attend_to_memory(
@@ -150,7 +151,7 @@ class Decoder(nn.Module):
         dim = cfg.hidden_dim
         self.layers = nn.ModuleList(layer(cfg, is_first=i == 0) for i in range(cfg.dec_layers))
         self.norm = nn.LayerNorm(dim)
-        self.query_scale = MLP(dim, dim, dim, 2)
+        self.query_scale = MLP(dim, dim, dim, 2).requires_grad_(cfg.dec_layers > 1)
         self.ref_point_head = MLP(2 * dim, dim, dim, 2)
         self.ref_anchor_head = MLP(dim, dim, 2, 2)
 

@@ -65,7 +65,7 @@ def ms_deform_attn(
     """
     inputs = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     _check(*inputs)
-    return torch.ops.dn_dino.ms_deform_attn(*inputs)
+    return _operators.ms_deform_attn(*inputs)
 
 
 def _check(*inputs: Tensor) -> None:
@@ -118,8 +118,11 @@ def _choose(forced: str | None, device_type: str) -> str:
 
 
 # The operator, as torch.compile and torch.export see it. Which backend runs is decided in the call.
+# It is named for this package, so that this folder and an installed copy of it get on together.
 
-_OP = "dn_dino::ms_deform_attn"
+_NAMESPACE = f"dn_dino_{__package__.replace('.', '_')}"
+_operators = getattr(torch.ops, _NAMESPACE)
+_OP = f"{_NAMESPACE}::ms_deform_attn"
 _BACKWARD_OP = f"{_OP}_backward"
 _INPUTS = ", ".join(f"Tensor {name}" for name in _AXES)
 torch.library.define(_OP, f"({_INPUTS}) -> Tensor")
@@ -167,7 +170,7 @@ def _fake_backward(grad_output, *inputs):
 
 
 def _differentiate(ctx, grad_output):
-    grads = torch.ops.dn_dino.ms_deform_attn_backward(grad_output, *ctx.saved_tensors)
+    grads = _operators.ms_deform_attn_backward(grad_output, *ctx.saved_tensors)
     return grads[0], None, None, *grads[1:]
 
 

@@ -8,14 +8,14 @@ from torch import nn
 from torchvision.ops import generalized_box_iou as torchvision_giou
 
 from models.criterion import SetCriterion
-from models.matcher import HungarianMatcher, MatchingLog
-from util.box_ops import (
+from models.dn_components import (
     box_cxcywh_to_xyxy,
     box_losses,
     box_xyxy_to_cxcywh,
     generalized_box_iou,
     inverse_sigmoid,
 )
+from models.matcher import HungarianMatcher, MatchingLog
 
 L, B, Q, C = 3, 2, 5, 4
 MATCHER = HungarianMatcher(2, 5, 2, 0.25)

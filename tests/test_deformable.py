@@ -9,10 +9,9 @@ import torch
 
 from models import build_model, convnext
 from models.deformable_transformer import Tokens
-from models.dn_components import prepare_for_cdn, prepare_for_cdn_of_dn_detr
+from models.dn_components import box_cxcywh_to_xyxy, prepare_for_cdn, prepare_for_cdn_of_dn_detr
 from models.query_selection import proposals, select_queries
 from models.swin import Block, Swin
-from util.box_ops import box_cxcywh_to_xyxy
 from util.checkpoint import load_backbone
 from util.config import load_config
 from util.errors import UserError

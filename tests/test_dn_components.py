@@ -15,10 +15,10 @@ from models.dn_components import (
     compute_dn_loss,
     dn_post_process,
     group_mask,
+    inverse_sigmoid,
     prepare_for_dn,
 )
 from models.transformer import Decoder
-from util.box_ops import inverse_sigmoid
 from util.config import load_config
 
 C, D, Q = 6, 32, 7

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from util.download import download, is_url
 from util.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,8 @@ def save_checkpoint(path: str | os.PathLike, state: dict, keep: int = 1) -> None
 
 
 def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict:
-    """The dict in `path`, its tensors on the CPU; files of any torch.save since PyTorch 0.4.
+    """The dict in `path`, a file or a URL, its tensors on the CPU; files of any torch.save since
+    PyTorch 0.4.
 
     Nothing in the file is executed: only tensors, plain containers and argparse.Namespace are
     built. UserError where the file is missing, damaged (torch itself does not compare checksums:
@@ -124,6 +126,7 @@ def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict:
     mapped from the file where its format allows, so that unused ones take no memory; replacing the
     file meanwhile does no harm, writing into it would. `verify` False leaves checksums out.
     """
+    path = download(path) if is_url(path) else path
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
             raise UserError(f"{path}: is a directory or no regular file; name the file itself")

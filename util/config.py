@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import logging
 import runpy
 import types
 import typing
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+
+logger = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -53,17 +56,66 @@ ALIASES = {
 # Another name that published commands have for a model.
 MODEL_ALIASES = {"dn_deformable_detr": "dn_dab_deformable_detr"}
 
+# With --use_dn, which published commands give to a model without denoising, it is this one.
+WITH_DENOISING = {"dab_deformable_detr": "dn_dab_deformable_detr"}
+
+# The released config files, which commands name by their paths in DINO's repository.
+RELEASED_CONFIGS = {
+    "DINO_4scale.py": "dino_4scale_r50",
+    "DINO_5scale.py": "dino_5scale_r50",
+    "DINO_4scale_swin.py": "dino_4scale_swin_l",
+    "DINO_4scale_convnext.py": "dino_4scale_convnext_xl",
+}
+
 # The released switches whose combinations are today's query_selection.
 SELECTION_SWITCHES = ("two_stage", "two_stage_type", "use_mqs", "embed_init_tgt")
 
-# Released flags with nothing left to choose. They are accepted and do nothing.
+# Released options with nothing left to choose. They are accepted and do nothing.
 RETIRED = {
     "find_unused_params": "every parameter takes part in every step",
     "save_log": "log.txt is always written",
     "dataset_file": "COCO format is the only one",
-    "position_embedding": "the sine encoding is the only one",
     "local_rank": "torchrun tells it",
     "dist_backend": "NCCL for GPUs, Gloo for CPUs",
+    "note": "a remark of the user's",
+    # Nothing in the released code reads these, or only together with what is refused below.
+    **dict.fromkeys(("num_results", "eos_coef", "remove_difficult", "return_interm_layers"), ""),
+    **dict.fromkeys(("dn_label_coef", "dn_bbox_coef", "mask_loss_coef", "dice_loss_coef"), ""),
+    **dict.fromkeys(("dln_xy_noise", "dln_hw_noise", "box_attn_type", "two_stage_default_hw"), ""),
+    **dict.fromkeys(("enc_loss_coef", "coco_panoptic_path"), ""),
+}
+
+# Released options of which one value is supported: that of all published models.
+FIXED = {
+    "position_embedding": "sine",
+    "masks": False,
+    "pre_norm": False,
+    "frozen_weights": None,
+    "fix_refpoints_hw": -1,
+    "decoder_layer_noise": False,
+    "lr_backbone_names": ["backbone.0"],
+    "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
+    "ddetr_lr_param": False,
+    "data_aug_scale_overlap": None,
+    "unic_layers": 0,
+    "query_dim": 4,
+    "pdetr3_bbox_embed_diff_each_layer": False,
+    "pdetr3_refHW": -1,
+    "dabdetr_yolo_like_anchor_update": False,
+    "dabdetr_deformable_encoder": False,
+    "dabdetr_deformable_decoder": False,
+    "use_deformable_box_attn": False,
+    "dec_layer_number": None,
+    "add_channel_attention": False,
+    "add_pos_value": False,
+    "two_stage_pat_embed": 0,
+    "two_stage_add_query_num": 0,
+    "two_stage_learn_wh": False,
+    "two_stage_keep_all_tokens": False,
+    "decoder_sa_type": "sa",
+    "decoder_module_seq": ["sa", "ca", "ffn"],
+    "matcher_type": "HungarianMatcher",
+    "use_detached_boxes_dec_out": False,
 }
 
 
@@ -110,6 +162,7 @@ class ModelOptions:
     )
     num_queries: int = option(300, "queries, Q: the most objects found in an image", low=1)
     num_patterns: int = option(0, "dense decoders: content embeddings of every anchor", low=0)
+    random_refpoints_xy: bool = option(False, "learned anchors begin spread over the image")
     pe_temperatureH: float = option(20, "position encoding's temperature for y", low=1e-6)
     pe_temperatureW: float = option(20, "position encoding's temperature for x", low=1e-6)
     num_classes: int | None = option(
@@ -133,6 +186,9 @@ class ModelOptions:
     two_stage_class_embed_share: bool = option(False, "DINO: encoder and decoder share class heads")
     two_stage_bbox_embed_share: bool = option(False, "DINO: encoder and decoder share box heads")
     num_select: int = option(300, "detections kept of an image", low=1)
+    nms_iou_threshold: float = option(
+        -1, "drop detections that overlap a better one of any class by more; -1: none", high=1
+    )
 
 
 @dataclass
@@ -145,8 +201,8 @@ class DenoisingOptions:
     )
     dn_number: int = option(
         5,
-        "denoising groups; with --contrastive and from 100 on, about so many queries (DINO: pairs "
-        "of queries) in all, under that still groups, in DINO twice as many",
+        "denoising groups, from 100 on instead about so many queries in all; DINO: twice as many; "
+        "0: no denoising",
         low=0,
     )
     dn_labelbook_size: int | None = option(
@@ -154,6 +210,12 @@ class DenoisingOptions:
     )
     dn_label_noise_ratio: float = option(0.2, "part of the labels drawn anew", low=0, high=1)
     dn_box_noise_scale: float = option(0.4, "box noise, 1 reaching the box's own edge", low=0)
+    dn_num_boxes: str = option(
+        "process",
+        "denoising losses are divided by the objects of the process itself, as DN-DETR's, or by "
+        "their mean over processes, as DINO's",
+        choices=["process", "mean"],
+    )
 
 
 @dataclass
@@ -168,6 +230,10 @@ class LossOptions:
     giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0)
     focal_alpha: float = option(0.25, "alpha of the focal loss", low=0, high=1)
     aux_loss: bool = option(True, "losses on every decoder layer, not on the last alone")
+    interm_loss_coef: float = option(
+        1.0, "factor on the losses of the tokens that queries are selected from", low=0
+    )
+    no_interm_box_loss: bool = option(False, "train these tokens' classes alone")
 
 
 @dataclass
@@ -177,7 +243,9 @@ class DataOptions:
     coco_path: str = option("", "directory in COCO 2017's layout: train2017, val2017, annotations")
     num_workers: int = option(2, "data-loading processes", low=0)
     strict_data: bool = option(False, "stop at an unreadable training image; default: skip, count")
-    fix_size: bool = option(False, "no random sizes in training: as in evaluation, and flips")
+    fix_size: bool = option(
+        False, "every training image at the largest of --data_aug_scales x --data_aug_max_size"
+    )
     data_aug_scales: list[int] = option(
         [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
         "shortest sides drawn in training; evaluation takes the largest",
@@ -197,7 +265,10 @@ class TrainingOptions:
     """training"""
 
     epochs: int = option(50, "epochs", low=1)
-    batch_size: int = option(2, "images a process and step", low=1)
+    batch_size: int = option(2, "images a process and step in training", low=1)
+    eval_batch_size: int = option(
+        1, "images a process at once in evaluation; padding more than one costs AP", low=1
+    )
     accumulate: int = option(1, "batches of every process that make one step", low=1)
     optimizer: str = option(
         "adamw",
@@ -213,31 +284,44 @@ class TrainingOptions:
     param_dict_type: str = option(
         "default",
         "parameter groups: default; ddetr_in_mmdet, slower sampling offsets; large_wd, no weight "
-        "decay on norms and biases",
+        "decay where a name has norm or bias in it",
         choices=["default", "ddetr_in_mmdet", "large_wd"],
     )
     weight_decay: float = option(1e-4, "AdamW's weight decay", low=0)
     lr_drop: int = option(40, "divide the rate by 10 every so many epochs", low=1)
     multi_step_lr: bool = option(False, "divide the rate by 10 at the epochs of --lr_drop_list")
     lr_drop_list: list[int] = option([33, 45], "epochs for --multi_step_lr", low=1)
-    onecyclelr: bool = option(False, "rise to the rate over a fifth of the run, then fall to 0")
+    onecyclelr: bool = option(
+        False, "every rate rises to --lr, the backbone's too, over a fifth of the run, then falls"
+    )
     clip_max_norm: float = option(0.1, "largest gradient norm; 0 does not clip", low=0)
     amp: bool = option(False, "mixed precision")
     amp_dtype: str = option("bf16", "mixed precision in", choices=["bf16", "fp16"])
     use_ema: bool = option(False, "keep, evaluate and save an average of the weights as well")
     ema_decay: float = option(0.9997, "decay of that average", low=0, high=1)
-    ema_epoch: int = option(0, "epoch from which the average is kept", low=0)
+    ema_epoch: int = option(0, "epoch with whose weights the average begins", low=0)
 
 
 @dataclass
 class RunOptions:
     """run"""
 
-    output_dir: str = option("", "directory of checkpoints, log.txt and TensorBoard files")
+    output_dir: str = option(
+        "", "directory of checkpoints, log.txt and TensorBoard files; a run in it is gone on with"
+    )
+    overwrite: bool = option(False, "begin anew in --output_dir, removing the run that is there")
     device: str = option("", "cpu, cuda, cuda:1, ...; by default a GPU where there is one")
     seed: int = option(42, "seed of weights, noise, order and augmentation", low=0)
-    resume: str = option("", "checkpoint to go on from or evaluate; auto: the newest in output_dir")
-    pretrain_model_path: str = option("", "checkpoint whose weights, where they fit, begin the run")
+    resume: str = option(
+        "", "checkpoint to go on from or evaluate, a file or URL; auto: the newest in --output_dir"
+    )
+    drop_lr_now: bool = option(False, "on resuming, divide the rates by 10 at once")
+    override_resumed_lr_drop: bool = option(
+        False, "on resuming, go on with this --lr_drop or --lr_drop_list, not the checkpoint's"
+    )
+    pretrain_model_path: str = option(
+        "", "checkpoint whose weights, where they fit, begin the run, a file or URL"
+    )
     finetune_ignore: list[str] = option([], "parts of names left out of --pretrain_model_path")
     start_epoch: int = option(0, "count epochs from here; a resumed run knows by itself", low=0)
     save_checkpoint_interval: int = option(10, "keep a checkpoint every so many epochs", low=1)
@@ -268,18 +352,26 @@ class Config(RunOptions, TrainingOptions, DataOptions, LossOptions, DenoisingOpt
     def __post_init__(self):
         for f in dataclasses.fields(self):
             check_limits(f, getattr(self, f.name))
+        self.use_dn = self.use_dn and self.dn_number > 0
         check_backbone(self.backbone, self.dilation)
         name, levels = self.modelname, len(self.return_interm_indices)
         if self.hidden_dim % self.nheads or self.hidden_dim % 4:
             wanted = f"a multiple of 4 and of nheads, {self.nheads}"
             raise UserError(f"hidden_dim: {self.hidden_dim} is not {wanted}")
         if self.use_dn and not name.startswith(("dn_", "dino")):
-            raise UserError(f"use_dn: {name} has no denoising part; use -m dn_dab_detr")
+            raise UserError(f"use_dn: {name} has no denoising part; use -m dn_{name}")
         if not self.data_aug_scales or not levels:
             raise UserError("data_aug_scales and return_interm_indices need at least one number")
         is_dense = name in ("dab_detr", "dn_dab_detr") or "only" in name
         if is_dense and (self.query_selection != "static" or self.look_forward_twice):
             raise UserError(f"query_selection, look_forward_twice: {name} has neither; use dino")
+        if self.num_patterns and not is_dense:
+            raise UserError(f"num_patterns: {name} has none; use a dense decoder, say dn_dab_detr")
+        if self.random_refpoints_xy and self.query_selection != "static":
+            raise UserError(
+                f"random_refpoints_xy: anchors are not learned with {self.query_selection} "
+                "query_selection; use static"
+            )
         book, labels = self.dn_labelbook_size, self.num_classes
         if self.use_dn and book and labels and book < labels:
             raise UserError(
@@ -288,8 +380,11 @@ class Config(RunOptions, TrainingOptions, DataOptions, LossOptions, DenoisingOpt
         if self.num_feature_levels < levels:
             few = f"{self.num_feature_levels} is less than the {levels} levels"
             raise UserError(f"num_feature_levels: {few} of return_interm_indices")
-        if self.onecyclelr and self.multi_step_lr:
-            raise UserError("onecyclelr and multi_step_lr exclude each other")
+        for other in ("multi_step_lr", "drop_lr_now", "override_resumed_lr_drop"):
+            if self.onecyclelr and getattr(self, other):
+                raise UserError(f"onecyclelr and {other} exclude each other")
+        if self.overwrite and self.resume == "auto":
+            raise UserError("overwrite begins anew, resume auto goes on: give one of them")
 
 
 GROUPS = Config.__bases__[::-1]  # in the order of --help
@@ -331,21 +426,24 @@ def parse_value(name: str, value: Any) -> Any:
     """Turn what a shell, a config file or a caller gave for option `name` into the option's type.
 
     Booleans may be written true, TRUE, 1, ...; lists as [1,2], 1,2 or several words; `none` stands
-    for None where that is allowed. Raises UserError for anything else.
+    for None where that is allowed, and for an empty list; a single value will do for a list.
+    Raises UserError for anything else.
     """
     if name == "two_stage_type":
+        if value not in ("no", "standard"):
+            raise UserError(f"two_stage_type: {value!r} is not supported, only 'standard' and 'no'")
         return value != "no"
     if name in SELECTION_SWITCHES:
         return convert(name, bool, value)
     if name == "modelname":
         value = MODEL_ALIASES.get(value, value)
-    kind = FIELDS[name].type
+    kind, is_none = FIELDS[name].type, value is None or str(value).lower() in ("none", "null")
     if isinstance(kind, types.UnionType):
-        if value is None or str(value).lower() in ("none", "null"):
+        if is_none:
             return None
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is list:
-        items = [value] if isinstance(value, str) else value
+        items = [] if is_none else value if isinstance(value, list | tuple) else [value]
         if len(items) == 1 and isinstance(items[0], str):
             items = [x.strip(" '\"") for x in items[0].strip("[]() ").split(",") if x.strip()]
         return [convert(name, typing.get_args(kind)[0], item) for item in items]
@@ -367,13 +465,34 @@ def convert(name: str, kind: type, value: Any) -> Any:
     raise UserError(f"{name}: {value!r} is not {wanted}")
 
 
+def plain(value: Any) -> str:
+    """A value as text, the same however a file, a shell or a caller writes it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(plain, value))
+    text = str(value).lower()
+    for mark in "[]()'\" ":
+        text = text.replace(mark, "")
+    text = {"true": "1", "false": "0"}.get(text, text)
+    with contextlib.suppress(ValueError):
+        text = str(float(text))
+    return text
+
+
+def check_fixed(name: str, value: Any) -> None:
+    """UserError if a released option of which one value is supported has another one."""
+    if name in FIXED and plain(value) != plain(FIXED[name]):
+        only = f"only {FIXED[name]!r}, which every published model has"
+        raise UserError(f"{name}: {value!r} is not supported, {only}")
+
+
 def known_name(name: str, where: str) -> str | None:
-    """Today's name of an option, None for a retired one, UserError with the nearest name else."""
+    """Today's name of an option, None for one with nothing to choose, UserError with the nearest
+    name else."""
     if name in FIELDS or name in SELECTION_SWITCHES:
         return name
     if name in ALIASES:
         return ALIASES[name]
-    if name in RETIRED:
+    if name in RETIRED or name in FIXED:
         return None
     raise UserError(f"{where}: unknown option {name}{nearest(name, [*FIELDS, *ALIASES])}")
 
@@ -384,6 +503,10 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists() and not path.is_absolute() and (CONFIG_DIR.parent / path).exists():
         path = CONFIG_DIR.parent / path
+    if not path.exists() and path.name in RELEASED_CONFIGS:
+        ours = CONFIG_DIR / f"{RELEASED_CONFIGS[path.name]}.py"
+        logger.info("%s is not there; taking configs/%s, the same settings", path, ours.name)
+        path = ours
     try:
         assigned = runpy.run_path(str(path))
     except FileNotFoundError:
@@ -395,10 +518,18 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     bases = assigned.get("_base_", [])
     for base in [bases] if isinstance(bases, str) else bases:
         values |= read_config_file(path.parent / base)
-    for name, value in assigned.items():
-        if not name.startswith("_") and (known := known_name(name, str(path))):
-            values[known] = parse_value(known, value)
-    return resolve_selection(values)
+    own = {name: value for name, value in assigned.items() if not name.startswith("_")}
+    return resolve_selection(values | parse_values(own, str(path)))
+
+
+def parse_values(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """{today's name: value of the option's type}; UserError names what is wrong."""
+    parsed = {}
+    for name, value in values.items():
+        check_fixed(name, value)
+        if known := known_name(name, where):
+            parsed[known] = parse_value(known, value)
+    return parsed
 
 
 def resolve_selection(values: dict[str, Any]) -> dict[str, Any]:
@@ -426,10 +557,7 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
     wrong type or outside its limits.
     """
     values = read_config_file(path) if path else {}
-    for name, value in (overrides or {}).items():
-        if known := known_name(name, "overrides"):
-            values[known] = parse_value(known, value)
-    return Config(**resolve_selection(values))
+    return Config(**resolve_selection(values | parse_values(overrides or {}, "overrides")))
 
 
 class Parser(argparse.ArgumentParser):
@@ -469,6 +597,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(**dict.fromkeys(FIELDS))
     for name in (*RETIRED, *SELECTION_SWITCHES):
         add(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
+    for name in FIXED:
+        add(f"--{name}", nargs="*", help=argparse.SUPPRESS)
 
 
 def parse_command_line(argv: Sequence[str] | None = None) -> Config:
@@ -487,20 +617,26 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Config:
         if word.startswith("-"):
             known_name(word.lstrip("-").split("=")[0], "command line")
         raise UserError(f"command line: {word!r} belongs to no option")
-    known = (*FIELDS, *SELECTION_SWITCHES)
+    known = (*FIELDS, *SELECTION_SWITCHES, *FIXED)
     flags = {k: v for k, v in vars(args).items() if k in known and v is not None}
-    path = args.config_file
-    if path is None and "modelname" in flags:
-        name = MODEL_ALIASES.get(flags["modelname"], flags["modelname"])
-        if name not in MODELS:
-            near = nearest(name, list(MODELS))
-            raise UserError(f"-m: there is no model {name}{near} Known: {', '.join(MODELS)}")
-        path = CONFIG_DIR / f"{MODELS[name]}.py"
-    overrides = {}
+    for name in FIXED.keys() & flags:
+        flags[name] = (flags[name] or [True])[0] if len(flags[name]) < 2 else flags[name]
+    options = {}
     for pair in args.options:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--options: {pair!r} is not of the form name=value")
-        if known := known_name(name, "--options"):
-            overrides[known] = value
-    return load_config(path, overrides | flags)
+        options[name] = value
+    values = parse_values(options, "--options") | parse_values(flags, "command line")
+    path = args.config_file
+    if "modelname" in values:
+        name = values["modelname"]
+        if name in WITH_DENOISING and values.get("use_dn"):
+            values["modelname"] = WITH_DENOISING[name]
+            logger.info("-m %s with --use_dn is taken as %s", name, values["modelname"])
+            name = values["modelname"]
+        if name not in MODELS:
+            near = nearest(name, list(MODELS))
+            raise UserError(f"-m: there is no model {name}{near} Known: {', '.join(MODELS)}")
+        path = path or CONFIG_DIR / f"{MODELS[name]}.py"
+    return Config(**resolve_selection((read_config_file(path) if path else {}) | values))

@@ -75,6 +75,15 @@ def gather(value: Any) -> list:
     return values
 
 
+def gather_to_first(value: Any) -> list | None:
+    """As `gather`, but in the first process alone; the others get None."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
 def take_from_first(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors with those of the first process."""
     if dist.is_initialized():

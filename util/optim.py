@@ -1,7 +1,9 @@
 """The optimiser, its parameter groups and the learning-rate schedules of the published runs."""
 
 import re
+import warnings
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +11,10 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR, StepL
 
 from .config import Config
 
-# Muon is for matrices between hidden layers: not for heads, embeddings and what says where to look.
-NOT_HIDDEN = re.compile("embed|label_enc|bias_table|sampling_offsets|attention_weights")
+# Muon is for matrices between hidden layers: not for heads, embeddings, the stem (whose matrix has
+# the image's channels) and what says where to look.
+NOT_HIDDEN = re.compile("embed|label_enc|patterns|bias_table|sampling_offsets|attention_weights")
+IMAGE_CHANNELS = 3
 MUON_RATE = 3  # times that of AdamW; measured on the toy data set, where 5 is as good
 MUON_MOMENTUM = 0.95
 # Of three Newton-Schulz iterations (Cesista 2025); five, as usual, learn no faster on that set.
@@ -32,8 +36,8 @@ class Muon(torch.optim.AdamW):
     """AdamW, but that in groups with "hidden" matrices take orthogonal steps (Jordan et al. 2024).
 
     A step is the momentum with its singular values brought near 1, as long as AdamW's would be (Liu
-    et al. 2025). Kernels of convolutions count as matrices (out, in * height * width); all those of
-    one shape are done at once.
+    et al. 2025) at MUON_RATE times the group's rate. Kernels of convolutions count as matrices
+    (out, in * height * width); all those of one shape are done at once.
     """
 
     def __init__(self, groups: list[dict]):
@@ -54,7 +58,7 @@ class Muon(torch.optim.AdamW):
                 if p.grad is not None:
                     by_shape.setdefault(p.flatten(1).shape, []).append(p)
             for params in by_shape.values():
-                self.step_together(params, group["lr"], group["weight_decay"])
+                self.step_together(params, MUON_RATE * group["lr"], group["weight_decay"])
         return loss
 
     def step_together(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
@@ -74,8 +78,9 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
     """Trainable parameters in groups of one learning rate and weight decay each.
 
     `param_dict_type`: "default" gives the backbone its own rate; "ddetr_in_mmdet" besides slows
-    reference points and sampling offsets down; "large_wd" besides spares norms and biases the
-    weight decay. What Muon is for has groups of its own, "hidden", and a higher rate.
+    reference points and sampling offsets down; "large_wd" instead spares what has "norm" or "bias"
+    in its name the weight decay, as released, which is not every norm. What Muon is for has groups
+    of its own, "hidden".
     """
 
     def settings(name: str, parameter: nn.Parameter) -> tuple[float, float, bool]:
@@ -86,12 +91,11 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
             "reference_points" in name or "sampling_offsets" in name
         ):
             lr = cfg.lr * cfg.lr_linear_proj_mult
-        if cfg.param_dict_type == "large_wd" and parameter.ndim <= 1:
+        if cfg.param_dict_type == "large_wd" and ("norm" in name or "bias" in name):
             decay = 0.0
-        matrix = parameter.ndim > 1 and 1 not in parameter.shape[:2]  # not a depthwise convolution
-        if cfg.optimizer == "muon" and matrix and not NOT_HIDDEN.search(name):
-            return MUON_RATE * lr, decay, True
-        return lr, decay, False
+        # Neither a vector nor a depthwise convolution nor the stem.
+        matrix = parameter.ndim > 1 and not {1, IMAGE_CHANNELS} & set(parameter.shape[:2])
+        return lr, decay, cfg.optimizer == "muon" and matrix and not NOT_HIDDEN.search(name)
 
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -100,7 +104,7 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
     return [
         {"params": params, "lr": lr, "weight_decay": decay, "hidden": hidden}
         for (lr, decay, hidden), params in sorted(groups.items(), key=lambda group: group[0][2])
-    ]  # AdamW's before Muon's: the first group's rate is what log.txt gives
+    ]
 
 
 def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
@@ -115,9 +119,45 @@ def build_scheduler(
 ) -> tuple[LRScheduler, bool]:
     """The schedule, and whether it moves on after every step rather than every epoch."""
     if cfg.onecyclelr:
-        rates = [group["lr"] for group in optimizer.param_groups]
         total = cfg.epochs * steps_per_epoch
-        return OneCycleLR(optimizer, rates, total_steps=total, pct_start=0.2), True
+        return OneCycleLR(optimizer, cfg.lr, total_steps=total, pct_start=0.2), True
     if cfg.multi_step_lr:
         return MultiStepLR(optimizer, cfg.lr_drop_list), False
     return StepLR(optimizer, cfg.lr_drop), False
+
+
+def move_to(scheduler: LRScheduler, position: int) -> None:
+    """Set the rates that a schedule has after so many of its steps."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is about to forget how to, and has no other way
+        scheduler.step(min(position, getattr(scheduler, "total_steps", position)))
+
+
+def load_released_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: dict
+) -> bool:
+    """Take AdamW's state from a checkpoint of the released code; False where it does not fit.
+
+    That code has two groups, without and with "backbone" in the name, each in the order of its own
+    model, which is the order of the weights in the file.
+    """
+    ours, seen = dict(model.named_parameters(remove_duplicate=False)), set()
+    groups: tuple[list, list] = [], []
+    for name in checkpoint["model"]:
+        parameter = ours.get(name.removeprefix("module."))
+        if parameter is not None and parameter.requires_grad and parameter not in seen:
+            seen.add(parameter)
+            groups["backbone" in name].append(parameter)
+    state = checkpoint.get("optimizer", {})
+    numbers = [group["params"] for group in state.get("param_groups", ())]
+    if [len(n) for n in numbers] != [len(g) for g in groups] or isinstance(optimizer, Muon):
+        return False
+    pairs = zip(chain(*numbers), chain(*groups), strict=True)
+    found = {p: state["state"][n] for n, p in pairs if n in state["state"]}
+    if any(s["exp_avg"].shape != p.shape for p, s in found.items()):
+        return False
+    for p, s in found.items():
+        moments = {key: s[key].to(p) for key in ("exp_avg", "exp_avg_sq")}
+        step = torch.tensor(float(s["step"]), device=p.device)
+        optimizer.state[p] = {"step": step, **moments}
+    return True

@@ -1,0 +1,68 @@
+"""Files that are named by a URL."""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import torch
+from tqdm import tqdm
+
+from .errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 2**20
+TIMEOUT = 60  # seconds without a byte
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    return re.match(r"https?://", os.fspath(path)) is not None
+
+
+def download(url: str) -> Path:
+    """The file at `url`, which is downloaded once, into the cache of torch.hub.
+
+    The cache holds whole files alone; of several processes that want one, the first downloads it.
+    UserError where there is no such file, the connection breaks or the disk is full.
+    """
+    name = os.path.basename(urlsplit(url).path) or "checkpoint.pth"
+    key = hashlib.sha256(url.encode()).hexdigest()[:8]  # many are called checkpoint.pth
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}-{name}"
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f".{path.name}.part"), "ab") as file:
+            with contextlib.suppress(OSError):  # some network file systems know no locks
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            if not path.exists():
+                logger.info("downloading %s to %s", url, path)
+                file.truncate(0)
+                _fetch(url, file)
+                os.replace(file.name, path)
+    except (OSError, HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{url}: not downloaded ({reason}); check the address and try again") from (
+            error
+        )
+    return path
+
+
+def _fetch(url: str, file) -> None:
+    with urlopen(url, timeout=TIMEOUT) as response:
+        total = response.length
+        with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+    file.flush()
+    size = os.path.getsize(file.name)
+    if total is not None and size != total:
+        raise ConnectionError(f"cut off after {size} of {total} bytes")
