@@ -1,7 +1,9 @@
 """Denoising: who sees whom is read off gradients, and the noise off its distribution."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,12 +204,32 @@ def test_boxes_at_the_border_stay_finite():
     assert inverse_sigmoid(torch.tensor([0.0, 1.0])).isfinite().all()
 
 
-def test_imports_alone():
-    """Nothing else of the project comes with it but box arithmetic."""
-    code = (
-        "import sys, models.dn_components;"
-        "ours = ('models', 'util', 'ops', 'datasets', 'engine', 'run');"
-        "print(*sorted(m for m in sys.modules if m.split('.')[0] in ours))"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == ["models", "models.dn_components", "util", "util.box_ops"]
+def test_the_file_alone_works_in_another_project(tmp_path: Path):
+    """Copied into its package, together with nothing, with no other file of ours to import."""
+    package = tmp_path / "theirs"
+    package.mkdir()
+    shutil.copy("models/dn_components.py", package)
+    code = """
+import torch
+from theirs.dn_components import compute_dn_loss, dn_post_process, prepare_for_cdn, prepare_for_dn
+labels = torch.nn.Embedding(4, 7)
+targets = [{"labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4)}]
+for prepare in (prepare_for_dn, prepare_for_cdn):
+    content, anchors = torch.randn(1, 5, 8), torch.zeros(1, 5, 4)
+    content, anchors, mask, dn = prepare(targets, labels, anchors, content)
+    dn_post_process(content[None, ..., :3], anchors[None].sigmoid(), dn)
+    sum(compute_dn_loss(dn).values()).backward()
+    print(mask.shape[0] == content.shape[1] == dn.num_queries + 5)
+"""
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert out.stdout.split() == ["True", "True"], out.stderr
+
+
+@pytest.mark.parametrize(("number", "queries"), [(5, 15), (1, 3), (100, 99), (2, 6), (1000, 999)])
+def test_from_100_on_a_number_of_groups_is_one_of_queries(number: int, queries: int):
+    """Else -m dino --contrastive FALSE would make 100 groups of all the objects."""
+    targets = [{"labels": torch.zeros(3, dtype=torch.int64), "boxes": torch.rand(3, 4)}]
+    anchors = torch.zeros(1, Q, 4)
+    *_, dn = prepare_for_dn(targets, nn.Embedding(C + 1, D), anchors, num_groups=number)
+    assert dn.num_queries == queries

@@ -207,10 +207,10 @@ def test_the_same_bits_from_run_to_run_and_for_any_number_of_threads(monkeypatch
 
 def test_operator_is_registered_as_torch_wants_it(device):
     inputs = make_inputs(device=device, dtype=torch.float32)
-    torch.library.opcheck(torch.ops.dn_dino.ms_deform_attn, inputs)
+    torch.library.opcheck(torch.ops.dn_dino_ops.ms_deform_attn, inputs)
     grad = ms_deform_attn(*inputs).detach()
     detached = [t.detach() for t in inputs]
-    torch.library.opcheck(torch.ops.dn_dino.ms_deform_attn_backward, (grad, *detached))
+    torch.library.opcheck(torch.ops.dn_dino_ops.ms_deform_attn_backward, (grad, *detached))
 
 
 def make_module_inputs(device, numbers=2, Q=6, seed=0):
@@ -258,7 +258,9 @@ def test_module_exports_with_the_operator_in_the_graph(device, tmp_path):
     )
     torch.export.save(program, tmp_path / "module.pt2")
     program = torch.export.load(tmp_path / "module.pt2")
-    assert torch.ops.dn_dino.ms_deform_attn.default in {node.target for node in program.graph.nodes}
+    assert torch.ops.dn_dino_ops.ms_deform_attn.default in {
+        node.target for node in program.graph.nodes
+    }
     for Q in (6, 11):
         inputs = make_module_inputs(device, Q=Q)
         torch.testing.assert_close(program.module()(*inputs), module(*inputs))
@@ -585,3 +587,21 @@ def test_installed_it_is_a_package_of_its_own(tmp_path, way):
         check=True,
     ).stdout
     assert output.split() == ["cpp", str(target / "ms_deform_attn" / "__init__.py")]
+    both = """
+import torch, ms_deform_attn, ops
+attention = [package.MSDeformAttn(8, 1, 2, 1) for package in (ops, ms_deform_attn)]
+attention[1].load_state_dict(attention[0].state_dict())
+shapes, starts = torch.tensor([[2, 3]]), torch.tensor([0])
+inputs = torch.rand(1, 4, 8), torch.rand(1, 4, 1, 2), torch.rand(1, 6, 8), shapes, starts
+outputs = [module(*inputs) for module in attention]
+outputs[1].sum().backward()
+print(torch.equal(*outputs))
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", both],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert output.stdout.split() == ["True"], output.stderr

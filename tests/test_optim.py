@@ -4,8 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from models import build_model
 from util.config import load_config
-from util.optim import build_optimizer, build_scheduler, parameter_groups
+from util.optim import (
+    MUON_MOMENTUM,
+    Muon,
+    build_optimizer,
+    build_scheduler,
+    load_released_state,
+    parameter_groups,
+)
 
 
 class Tiny(nn.Module):
@@ -13,7 +21,9 @@ class Tiny(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.backbone = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)])
+        self.backbone = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)])
+        self.hidden = nn.Linear(4, 4)
+        self.input_proj = nn.GroupNorm(2, 4)  # a norm that is not called so
         self.sampling_offsets = nn.Linear(4, 4)
         self.norm = nn.LayerNorm(4)
         self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
@@ -44,11 +54,13 @@ def test_ddetr_in_mmdet_slows_sampling_offsets():
     assert found["norm.weight"] == (1e-4, 1e-4)
 
 
-def test_large_wd_spares_norms_and_biases():
+def test_large_wd_spares_what_is_called_norm_or_bias():
+    """As released, by names: so not the backbone's bn1 nor the norms in input_proj."""
     found = settings("large_wd")
-    assert found["backbone.0.weight"] == (1e-5, 1e-4)
-    assert found["backbone.1.weight"] == found["backbone.0.bias"] == (1e-5, 0)
+    assert found["backbone.0.weight"] == found["backbone.1.weight"] == (1e-5, 1e-4)
+    assert found["backbone.0.bias"] == (1e-5, 0)
     assert found["norm.weight"] == found["sampling_offsets.bias"] == (1e-4, 0)
+    assert found["input_proj.weight"] == (1e-4, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +83,8 @@ def test_step_schedules(options: dict, expected: list[float]):
     assert rates == pytest.approx(expected)
 
 
-def test_one_cycle_keeps_the_ratio_of_the_groups():
+def test_one_cycle_peaks_at_the_same_rate_in_every_group():
+    """As released, the backbone's too."""
     cfg = load_config(None, {"onecyclelr": True, "epochs": 2})
     optimizer = build_optimizer(Tiny(), cfg)
     scheduler, every_step = build_scheduler(optimizer, cfg, steps_per_epoch=50)
@@ -82,7 +95,7 @@ def test_one_cycle_keeps_the_ratio_of_the_groups():
         optimizer.step()
         scheduler.step()
     backbone, rest = torch.tensor(rates).T
-    torch.testing.assert_close(rest, 10 * backbone)
+    torch.testing.assert_close(rest, backbone)
     assert rest.max() == pytest.approx(1e-4)
     assert 18 <= rest.argmax() <= 20
     assert rest[-1] < 1e-6
@@ -113,5 +126,65 @@ def test_muon_groups_keep_their_rates():
     names = {id(p): name for name, p in model.named_parameters()}
     groups = parameter_groups(model, cfg)
     hidden = {names[id(p)]: g["lr"] for g in groups if g["hidden"] for p in g["params"]}
-    assert hidden == {"backbone.0.weight": pytest.approx(3e-5)}
+    assert hidden == {"hidden.weight": 1e-4, "backbone.2.weight": 1e-5}
     assert len({(g["lr"], g["weight_decay"], g["hidden"]) for g in groups}) == len(groups)
+
+
+def test_muon_leaves_embeddings_stem_and_heads_to_adamw():
+    names = ("patterns", "tgt_embed", "label_enc", "level_embed", "class_embed", "bbox_embed")
+    overrides = {"optimizer": "muon", "num_queries": 20, "backbone": "resnet18"}
+    overrides |= {"pretrained_backbone": False}
+    models = ("dino_4scale_r50", "dn_dab_deformable_detr_deformable_encoder_only_r50_3pat")
+    for name in models:
+        cfg = load_config(f"configs/{name}.py", overrides)
+        model, _, _ = build_model(cfg)
+        hidden = {id(p) for g in parameter_groups(model, cfg) if g["hidden"] for p in g["params"]}
+        found = {n for n, p in model.named_parameters() if id(p) in hidden}
+        assert not [n for n in found if any(name in n for name in names)]
+        assert "backbone.0.body.conv1.weight" not in found
+        assert {"backbone.0.body.layer1.0.conv1.weight", "input_proj.0.0.weight"} <= found
+        assert "transformer.encoder.layers.0.linear1.weight" in found
+
+
+def test_muon_steps_are_those_of_torch(monkeypatch: pytest.MonkeyPatch):
+    """With torch's iteration in place of ours, but for its bfloat16."""
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 12 * 20).view(12, 20)) for _ in range(2))
+    monkeypatch.setattr("util.optim.COEFFICIENTS", [(3.4445, -4.775, 2.0315)] * 5)
+    monkeypatch.setattr("util.optim.MUON_RATE", 1)
+    rates = {"lr": 0.02, "weight_decay": 0.3}
+    mine = Muon([{"params": [ours], "hidden": True, **rates}])
+    options = {"momentum": MUON_MOMENTUM, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}
+    oracle = torch.optim.Muon([theirs], **rates, **options)
+    for seed in range(3):
+        gradient = torch.randn(12, 20, generator=torch.Generator().manual_seed(seed))
+        before = theirs.detach().clone()
+        for parameter, optimizer in ((ours, mine), (theirs, oracle)):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        length = (theirs - before).norm()
+        assert (ours - theirs).norm() < 0.05 * length
+
+
+def test_a_released_optimizer_is_taken_in_the_order_of_its_own_model():
+    """Its groups are "not backbone" and "backbone"; frozen weights are in neither."""
+    torch.manual_seed(0)
+    theirs, ours = Tiny(), Tiny()
+    names = list(theirs.state_dict())[::-1]  # as if their model was built the other way round
+    trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    ordered = [n for n in names if n in trained]
+    groups = [[trained[n] for n in ordered if ("backbone" in n) == b] for b in (False, True)]
+    released = torch.optim.AdamW([{"params": group} for group in groups], lr=1e-4)
+    for _ in range(2):
+        for parameter in trained.values():
+            parameter.grad = torch.randn_like(parameter)
+        released.step()
+    weights = {n: theirs.state_dict()[n] for n in names}
+    checkpoint = {"model": weights, "optimizer": released.state_dict()}
+    optimizer = build_optimizer(ours, load_config())
+    assert load_released_state(optimizer, ours, checkpoint)
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            for key, value in released.state[trained[name]].items():
+                torch.testing.assert_close(optimizer.state[parameter][key], value)
+    del checkpoint["optimizer"]["param_groups"][1]
+    assert not load_released_state(build_optimizer(ours, load_config()), ours, checkpoint)
