@@ -19,7 +19,15 @@ from datasets.coco_eval import CocoEvaluator
 from datasets.loader import build_loader
 from engine import NonFiniteLoss, evaluate, train_one_epoch
 from models.matcher import MatchingLog
-from run import Run, claimed, class_map_of, find_resume, prepare_output_dir
+from run import (
+    Run,
+    claimed,
+    class_map_of,
+    find_resume,
+    overwrites,
+    prepare_output_dir,
+    remove_run,
+)
 from util.checkpoint import read_checkpoint
 from util.config import Config
 from util.distributed import by_first, rank, take_from_first, world_size
@@ -177,6 +185,8 @@ def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
         run = Run(cfg, device, class_map, len(train_loader) // cfg.accumulate)
         run.begin(checkpoint)
         del checkpoint
+        if output_dir and overwrites(cfg):
+            by_first(lambda: remove_run(output_dir))
         by_first(lambda: prepare_output_dir(run.cfg, argv))
         if output_dir is None:
             logger.warning("nothing of this run will be kept: there is no --output_dir")

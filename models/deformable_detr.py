@@ -37,8 +37,8 @@ def clones(module: nn.Module, number: int, share: bool) -> nn.ModuleList:
 class InputProjection(nn.ModuleList):
     """Feature maps of the backbone, and smaller ones made from the last, to one width.
 
-    Members are 1x1 convolutions, then 3x3 ones of stride 2, each with GroupNorm: 32 groups, or as
-    many as divide a width that is not a multiple of 32.
+    Members are 1x1 convolutions, then 3x3 ones of stride 2, each with GroupNorm of 32 groups, or of
+    fewer where 32 do not divide the width or would have one channel each.
     """
 
     def __init__(self, cfg: Config, num_channels: Sequence[int]):
@@ -48,7 +48,7 @@ class InputProjection(nn.ModuleList):
         while len(convs) < cfg.num_feature_levels:
             convs.append(nn.Conv2d(channels, dim, kernel_size=3, stride=2, padding=1))
             channels = dim
-        groups = math.gcd(32, dim)
+        groups = min(math.gcd(32, dim), dim // 2)
         super().__init__(nn.Sequential(conv, nn.GroupNorm(groups, dim)) for conv in convs)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:

@@ -40,6 +40,8 @@ def make_run(small: list[str], model: str, *options: str, seed: int = 0) -> Run:
     class_map = ClassMap.from_categories([{"id": i, "name": n} for i, n in CATEGORIES.items()])
     run = Run(cfg, torch.device("cpu"), class_map)
     run.epoch = 3
+    if cfg.use_ema:
+        run.begin_average()
     for module in (run.model, run.ema.module) if run.ema else (run.model,):
         for weight in module.parameters():
             weight.data += 0.05 * torch.randn_like(weight)

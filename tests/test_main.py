@@ -370,7 +370,7 @@ def test_missing_image(small: list[str], edit: Callable, capsys):
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_truncated_image(small: list[str], edit: Callable, capsys, workers: str):
     root = edit(lambda data: None)
-    args = [*small, "--coco_path", str(root), "--num_workers", workers]
+    args = [*small, "--coco_path", str(root), "--num_workers", workers, "--overwrite"]
     path = sorted((root / "train2017").iterdir())[3]
     path.write_bytes(path.read_bytes()[:600])
     assert main(args) == 0
@@ -457,6 +457,7 @@ def test_backbone_weights_from_a_file(small: list[str], tmp_path: Path, capsys):
     torch.save(resnet.state_dict(), path)
     args = [*small, "--backbone", "resnet18", "--pretrained_backbone", "true"]
     args += ["--batch_norm_type", "FrozenBatchNorm2d", "--return_interm_indices", "2", "--debug"]
+    args.append("--overwrite")
     assert main([*args, "--backbone_weights", str(path)]) == 0
     weights = read_checkpoint(Path(small[-1]) / "checkpoint.pth")["model"]
     for name in ("conv1.weight", "bn1.running_mean", "layer1.1.conv2.weight"):  # are frozen

@@ -70,6 +70,9 @@ RELEASED_CONFIGS = {
 # The released switches whose combinations are today's query_selection.
 SELECTION_SWITCHES = ("two_stage", "two_stage_type", "use_mqs", "embed_init_tgt")
 
+# What a model's released code always does and its config files do not say.
+IMPLIED = {"dino": {"contrastive": True, "look_forward_twice": True, "dn_num_boxes": "mean"}}
+
 # Released options with nothing left to choose. They are accepted and do nothing.
 RETIRED = {
     "find_unused_params": "every parameter takes part in every step",
@@ -437,7 +440,11 @@ def parse_value(name: str, value: Any) -> Any:
         return convert(name, bool, value)
     if name == "modelname":
         value = MODEL_ALIASES.get(value, value)
-    kind, is_none = FIELDS[name].type, value is None or str(value).lower() in ("none", "null")
+    kind = FIELDS[name].type
+    word = (
+        value[0] if isinstance(value, list) and len(value) == 1 else value
+    )  # of a flag for a list
+    is_none = str(word).lower() in ("none", "null")
     if isinstance(kind, types.UnionType):
         if is_none:
             return None
@@ -556,8 +563,13 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
     Raises UserError for an unknown name, naming the nearest known one, and for a value of the
     wrong type or outside its limits.
     """
-    values = read_config_file(path) if path else {}
-    return Config(**resolve_selection(values | parse_values(overrides or {}, "overrides")))
+    return make_config(path, parse_values(overrides or {}, "overrides"))
+
+
+def make_config(path: str | Path | None, overrides: dict[str, Any]) -> Config:
+    """As `load_config`, with overrides that are parsed already."""
+    values = (read_config_file(path) if path else {}) | overrides
+    return Config(**resolve_selection(IMPLIED.get(values.get("modelname"), {}) | values))
 
 
 class Parser(argparse.ArgumentParser):
@@ -639,4 +651,4 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Config:
             near = nearest(name, list(MODELS))
             raise UserError(f"-m: there is no model {name}{near} Known: {', '.join(MODELS)}")
         path = path or CONFIG_DIR / f"{MODELS[name]}.py"
-    return Config(**resolve_selection((read_config_file(path) if path else {}) | values))
+    return make_config(path, values)

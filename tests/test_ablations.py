@@ -1,0 +1,151 @@
+"""Every ablation of every model that can carry it trains in two real processes, where DDP insists
+on a gradient for each trained parameter."""
+
+import contextlib
+import io
+import math
+import multiprocessing
+import os
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+
+import run
+from datasets.toy import make_toy_coco
+from main import main
+from models import build_backbone
+from models.convnext import CONVNEXTS
+from tests.conftest import SMALL
+from tests.test_main import read_log
+from util.config import MODELS, Config, parse_command_line
+from util.errors import UserError
+from util.nested_tensor import nested_tensor_from_tensor_list
+
+TINY = [
+    *SMALL[2:],  # without its config: -m names the published one
+    *("--backbone", "timm/test_resnet", "--batch_norm_type", "BatchNorm2d"),
+    *("--pretrained_backbone", "FALSE", "--num_feature_levels", "3", "--batch_size", "2"),
+    *("--data_aug_scales2_crop", "[]", "--dist_timeout", "1"),
+]
+
+# Two steps each, as DDP misses the gradients of a step at the next.
+ALL = ["--dec_layers 1", "--use_ema --eval_batch_size 2", "--accumulate 2 --batch_size 1", "--amp"]
+ALL += ["--aux_loss FALSE", "--hidden_dim 48", "--optimizer muon"]
+DENSE = ["--num_patterns 2", "--random_refpoints_xy"]
+DEFORMABLE = ["--query_selection static", "--query_selection pure", "--query_selection mixed"]
+DEFORMABLE += ["--look_forward_twice", "--look_forward_twice FALSE"]
+DEFORMABLE += ["--query_selection static --random_refpoints_xy"]
+WITHOUT_DENOISING = ["--use_dn FALSE", "--dn_number 0"]
+DENOISING = ["--contrastive", "--contrastive FALSE", "--dn_number 1", "--dn_number 10"]
+DENOISING += ["--dn_label_noise_ratio 0 --dn_box_noise_scale 0"]
+DENOISING += ["--dn_num_boxes mean", "--dn_num_boxes process", *WITHOUT_DENOISING]
+
+DENSE_MODELS = ("dab_detr", "dn_dab_detr", "dn_dab_deformable_detr_deformable_encoder_only")
+PLAIN_MODELS = ("dab_detr", "dab_deformable_detr")  # without denoising
+
+
+def ablations(model: str) -> list[str]:
+    decoder = DENSE if model in DENSE_MODELS else DEFORMABLE
+    return ALL + decoder + ([] if model in PLAIN_MODELS else DENOISING)
+
+
+def serve(rank: int, connection: Connection) -> None:
+    """A process of its own: runs `main` with every command line that it is sent, and sends the exit
+    status, or that there was a traceback, and what was printed to stderr."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    # Files of checkpoints, which other tests are about, would take half of the time.
+    run.save_checkpoint = run.copy_checkpoint = lambda *args: None
+    while True:
+        argv, status, printed = connection.recv(), "traceback", io.StringIO()
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                status = main(argv)
+            except Exception:
+                traceback.print_exc()
+        connection.send((status, printed.getvalue()))
+
+
+def answer(connection: Connection) -> tuple[int | str, str] | None:
+    """What `serve` sent, None where it hangs or is gone. It has --dist_timeout's minute."""
+    with contextlib.suppress(EOFError):
+        return connection.recv() if connection.poll(150) else None
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_toy_coco(tmp_path_factory.mktemp("toy"), num_train=8, num_val=2, size=64)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[list[Connection]]:
+    """To two processes that are started once, as that takes longer than a command."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [context.Pipe() for _ in range(2)], []
+    for rank, (_, theirs) in enumerate(pipes):
+        processes.append(context.Process(target=serve, args=(rank, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()  # so that the end of the process is noticed
+    yield [ours for ours, _ in pipes]
+    for process in processes:
+        process.kill()  # SIGTERM would wait for the step at hand
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_ablations_train_in_two_processes(
+    model: str, pair: list[Connection], data: Path, tmp_path: Path
+):
+    """They end with status 0 and a finite loss, with losses of denoising where there is any."""
+    failures = []
+    for i, options in enumerate(ablations(model)):
+        out, command = tmp_path / f"{i}", f"-m {model} {options}"
+        argv = ["-m", model, *TINY, *options.split(), "--coco_path", str(data)]
+        argv += ["--output_dir", str(out), "--dist_url", f"file://{tmp_path}/{i}.meet"]
+        for connection in pair:
+            connection.send(argv)
+        ends = [answer(connection) for connection in pair]
+        if None in ends:  # which leaves nobody to go on with
+            for connection in pair:
+                connection.close()
+            pytest.fail("\n".join([*failures, f"{command}: no answer, of both processes {ends}"]))
+        if any(status != 0 for status, _ in ends):
+            failures += [f"{command}: process {r}: {s}\n{text}" for r, (s, text) in enumerate(ends)]
+            continue
+        (line,) = read_log(out)
+        if not math.isfinite(line["train_loss"]):
+            failures.append(f"{command}: train_loss {line['train_loss']}")
+        denoises = model not in PLAIN_MODELS and options not in WITHOUT_DENOISING
+        if ("train_loss_ce_dn" in line) != denoises:
+            failures.append(f"{command}: logs {sorted(line)}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_a_model_cannot_carry_is_refused(model: str):
+    """In one line. (`-m dab_deformable_detr --use_dn` is taken as the model with denoising.)"""
+    refused = ["--num_patterns 2", "--query_selection pure --random_refpoints_xy"]
+    if model in DENSE_MODELS:
+        refused = ["--query_selection pure", "--query_selection mixed", "--look_forward_twice"]
+    if model == "dab_detr":
+        refused.append("--use_dn")
+    for options in refused:
+        named = options.split("--")[-1].split()[0]
+        with pytest.raises(UserError, match=named) as error:
+            parse_command_line(["-m", model, *options.split()])
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["swin_T_224_1k", "convnext_xlarge_22k"])
+def test_backbone_with_an_unused_last_stage(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Whatever trains in it has a gradient."""
+    monkeypatch.setitem(CONVNEXTS, "convnext_xlarge_22k", ((8, 12, 16, 20), (1, 1, 2, 1)))
+    backbone = build_backbone(Config(backbone=name, return_interm_indices=[1, 2]))
+    features = backbone(nested_tensor_from_tensor_list([torch.randn(3, 64, 64)]))
+    assert [x.tensors.shape[1] for x in features] == backbone.num_channels
+    sum(x.tensors.sum() for x in features).backward()
+    trained = {k: p for k, p in backbone.named_parameters() if p.requires_grad}
+    assert [k for k, p in trained.items() if p.grad is None] == []

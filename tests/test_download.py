@@ -1,0 +1,100 @@
+"""Checkpoints that are named by a URL, from a real server: whole, cut off, missing."""
+
+import functools
+import http.server
+import json
+import socketserver
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from main import main
+from tests.test_main import fails_with, read_log
+from util.download import download
+from util.errors import UserError
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves files; of /cut/... only the first half, under the whole length; counts requests."""
+
+    requests: list[str] = []
+
+    def do_GET(self) -> None:
+        self.requests.append(self.path)
+        if self.path.startswith("/cut/"):
+            content = (Path(self.directory) / self.path.removeprefix("/cut/")).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+        else:
+            super().do_GET()
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server of tmp_path's files, and a cache of its own."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    Handler.requests.clear()
+    handler = functools.partial(Handler, directory=str(tmp_path))
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def cached(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "cache").rglob("*.pth"))
+
+
+def test_resume_from_a_url(small: list[str], tmp_path: Path, server: str, capsys):
+    """Evaluates and goes on; downloaded once."""
+    assert main(small) == 0
+    out, url = tmp_path / "out", f"{server}/out/checkpoint.pth"
+    expected = read_log(out)[-1]["test_coco_eval_bbox"]
+    other = [*small, "--output_dir", str(tmp_path / "other"), "--resume", url]
+    capsys.readouterr()
+    assert main([*other, "--eval"]) == 0
+    assert f"downloading {url} to {cached(tmp_path)[0]}" in capsys.readouterr().out
+    stats = json.loads((tmp_path / "other" / "eval.json").read_text())
+    assert stats["test_coco_eval_bbox"] == expected
+    more = ["--onecyclelr", "FALSE", "--epochs", "1"]
+    pretrained = [*small, *more, "--output_dir", str(tmp_path / "third")]
+    assert main([*pretrained, "--pretrain_model_path", url]) == 0
+    assert Handler.requests == ["/out/checkpoint.pth"]
+
+
+def test_a_cut_off_download_is_not_kept(small: list[str], tmp_path: Path, server: str, capsys):
+    (tmp_path / "checkpoint.pth").write_bytes(bytes(3 * 2**20))
+    args = [*small, "--eval", "--resume", f"{server}/cut/checkpoint.pth"]
+    message = f"not downloaded (cut off after {3 * 2**19} of {3 * 2**20} bytes)"
+    fails_with(capsys, args, args[-1], message)
+    assert cached(tmp_path) == []
+    fails_with(capsys, args, message)  # and is tried again
+    assert len(Handler.requests) == 2
+
+
+def test_what_cannot_be_downloaded_is_said_in_a_line(small, tmp_path: Path, server: str, capsys):
+    args = [*small, "--eval", "--resume"]
+    url = f"{server}/absent.pth"
+    fails_with(capsys, [*args, url], f"{url}: not downloaded (HTTP Error 404: File not found)")
+    fails_with(capsys, [*args, "http://127.0.0.1:9/x.pth"], "not downloaded", "refused")
+    (tmp_path / "page.html").write_text("<html>Sign in</html>")
+    fails_with(capsys, [*args, f"{server}/page.html"], "not a checkpoint")
+
+
+def test_several_processes_download_once(tmp_path: Path, server: str):
+    (tmp_path / "x.pth").write_bytes(bytes(2**20))
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(download, [f"{server}/x.pth"] * 4))
+    assert len(set(paths)) == 1 and paths[0].stat().st_size == 2**20
+    assert set(Handler.requests) == {"/x.pth"}
+    with pytest.raises(UserError, match=r"absent\.pth: not downloaded"):
+        download(f"{server}/absent.pth")

@@ -1,0 +1,199 @@
+"""The authors' own command lines and config files, as they wrote them.
+
+    python -m tests.test_released      # prints the README's table of the command lines
+
+`released/commands.json` has those of the READMEs and scripts of DAB-DETR, DN-DETR and DINO, with
+COCO, CHECKPOINT, BACKBONES and JOB for paths; `released/dino_configs.json` the values of DINO's
+config files, of all but the first those that differ from it.
+"""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import run_with_submitit
+from util.config import Config, load_config, parse_command_line
+from util.errors import UserError
+
+FOLDER = Path(__file__).parent / "released"
+COMMANDS = json.loads((FOLDER / "commands.json").read_text())
+DINO_CONFIGS = json.loads((FOLDER / "dino_configs.json").read_text())
+FIRST = DINO_CONFIGS["DINO_4scale.py"]
+
+# What each -c or -m of them means here.
+CONFIGS = {
+    "config/DINO/DINO_4scale.py": "dino_4scale_r50",
+    "config/DINO/DINO_5scale.py": "dino_5scale_r50",
+    "config/DINO/DINO_4scale_swin.py": "dino_4scale_swin_l",
+    "config/DINO/DINO_4scale_convnext.py": "dino_4scale_convnext_xl",
+    "dab_detr": "dab_detr_r50",
+    "dab_deformable_detr": "dab_deformable_detr_r50",
+    "dab_deformable_detr --use_dn": "dn_dab_deformable_detr_r50",
+    "dn_dab_detr": "dn_dab_detr_r50",
+    "dn_deformable_detr": "dn_dab_deformable_detr_r50",
+    "dn_dab_deformable_detr": "dn_dab_deformable_detr_r50",
+    "dn_dab_deformable_detr_deformable_encoder_only": (
+        "dn_dab_deformable_detr_deformable_encoder_only_r50_3pat"
+    ),
+}
+# What says where a run is, not what it does.
+PLACES = ("--output_dir", "--coco_path", "--resume", "backbone_dir=BACKBONES")
+PLACES += ("--job_dir", "--job_name", "--timeout", "--ngpus", "--nodes")
+
+
+def config_of(argv: list[str]) -> str:
+    """The name of the config with the published settings of a command line."""
+    name = argv[argv.index("-c" if "-c" in argv else "-m") + 1]
+    both = f"{name} --use_dn"
+    return CONFIGS[both if "--use_dn" in argv and both in CONFIGS else name]
+
+
+def parse(command: dict[str, Any]) -> Config:
+    argv = command["argv"]
+    if command["program"] == "run_with_submitit.py":
+        _, argv = run_with_submitit.build_parser().parse_known_args(argv)
+    return parse_command_line(argv)
+
+
+def differences(cfg: Config, other: Config) -> dict[str, Any]:
+    """{option: its value in cfg} of the options in which they differ."""
+    values = dataclasses.asdict(other)
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if values[k] != v}
+
+
+def table() -> str:
+    """The README's: what every command line says but for places, and the config that it means."""
+    rows = {}
+    for argv in (command["argv"] for command in COMMANDS):
+        words = list(argv)
+        for option in set(PLACES) & set(argv):
+            start = words.index(option)
+            del words[start : start + (2 if option.startswith("--") else 1)]
+        rows[" ".join(words)] = config_of(argv)
+    lines = (f"| `{line}` | `{config}` |\n" for line, config in sorted(rows.items()))
+    return "| released options | config |\n| --- | --- |\n" + "".join(lines)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c["source"])
+def test_a_published_command_gives_the_published_settings(command: dict[str, Any]):
+    """Those of its config, but for paths, --eval and the batch size of evaluations."""
+    cfg, argv = parse(command), command["argv"]
+    found = differences(cfg, load_config(f"configs/{config_of(argv)}.py"))
+    paths = {"coco_path": "COCO", "resume": "CHECKPOINT", "backbone_dir": "BACKBONES"}
+    for option, path in paths.items():
+        assert found.pop(option, None) == (path if path in " ".join(argv) else None)
+    assert found.pop("output_dir", None) == (
+        argv[argv.index("--output_dir") + 1] if "--output_dir" in argv else None
+    )
+    assert found.pop("eval", False) == ("--eval" in argv)
+    # One README trains on one GPU first, a batch of 1; the published batch is that of 8 GPUs.
+    assert found.pop("batch_size", 1) == 1
+    assert found == {}
+
+
+def test_denoising_for_a_model_without_is_said_in_a_line(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO):
+        cfg = parse_command_line(["-m", "dab_deformable_detr", "--use_dn"])
+    assert cfg.modelname == "dn_dab_deformable_detr"
+    (line,) = caplog.messages
+    assert "dab_deformable_detr" in line and "dn_dab_deformable_detr" in line
+
+
+def test_the_readme_lists_them():
+    assert table() in Path("README.md").read_text()
+
+
+@pytest.mark.parametrize("name", DINO_CONFIGS)
+def test_a_released_config_file_loads(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """In silence, with our config's settings but for what their scripts add or theirs alone say."""
+    path, values = tmp_path / name, FIRST | DINO_CONFIGS[name]
+    path.write_text("".join(f"{k} = {v!r}\n" for k, v in values.items()))
+    with caplog.at_level(logging.INFO):
+        cfg = load_config(path)
+    ours = load_config(f"configs/{CONFIGS[f'config/DINO/{name}']}.py")
+    found = differences(cfg, ours)
+    expected = {"dn_box_noise_scale": 0.4, "log_matching": True}
+    assert found == expected | {"num_classes": 91, "dn_labelbook_size": 91}
+    assert caplog.messages == []
+
+
+OTHER_VALUES = {
+    "position_embedding": "learned",
+    "masks": True,
+    "pre_norm": True,
+    "fix_refpoints_hw": 0.1,
+    "decoder_layer_noise": True,
+    "query_dim": 2,
+    "two_stage_type": "early",
+    "two_stage_learn_wh": True,
+    "decoder_module_seq": ["ca", "sa", "ffn"],
+    "lr_backbone_names": ["backbone.0", "input_proj"],
+    "frozen_weights": "detr.pth",
+    "matcher_type": "SimpleMinsumMatcher",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_a_value_that_is_not_supported_is_refused(name: str, tmp_path: Path):
+    """In a file, among --options and as a flag, in one line that names it."""
+    value = OTHER_VALUES[name]
+    path = tmp_path / "theirs.py"
+    path.write_text(f"{name} = {value!r}\n")
+    words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    ways = [["-c", str(path)], ["--options", f"{name}={','.join(words)}"]]
+    if name != "two_stage_type":
+        ways += [[f"--{name}", *([] if value is True else words)]]
+    for argv in ways:
+        with pytest.raises(UserError, match=f"^{name}: .* is not supported, only") as error:
+            parse_command_line(argv)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--num_results 300 --note first --eos_coef 0.1 --remove_difficult --return_interm_layers",
+        "--position_embedding sine --masks FALSE --fix_refpoints_hw -1 --pre_norm false",
+        "--options dn_label_coef=1.0 dn_bbox_coef=1.0 decoder_module_seq=[sa,ca,ffn] masks=0",
+        "--options lr_backbone_names=['backbone.0'] frozen_weights=None query_dim=4",
+    ],
+)
+def test_options_with_nothing_to_choose_change_nothing(line: str):
+    assert parse_command_line(line.split()) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("backbone_freeze_keywords = None", {"backbone_freeze_keywords": []}),
+        ("finetune_ignore = 'class_embed'", {"finetune_ignore": ["class_embed"]}),
+        ("data_aug_scales = 480", {"data_aug_scales": [480]}),
+        ("return_interm_indices = (1, 2)", {"return_interm_indices": [1, 2]}),
+        ("num_classes = None", {"num_classes": None}),
+        ("lr = None", "lr: None is not a number"),
+        ("lr = [1e-4]", "lr: [0.0001] is not a number"),
+        ("epochs = '12 or so'", "epochs: '12 or so' is not a whole number"),
+        ("data_aug_scales = None", "data_aug_scales"),
+        ("data_aug_scales = [480, None]", "data_aug_scales: None is not a whole number"),
+        ("use_dn = None", "use_dn: None is not true or false"),
+        ("backbone = 50", "backbone: 50 is not a text"),
+    ],
+)
+def test_odd_values_in_a_file(text: str, expected: dict | str, tmp_path: Path):
+    """None, or a number where a list is meant: taken, or one line."""
+    path = tmp_path / "mine.py"
+    path.write_text(text + "\n")
+    if isinstance(expected, dict):
+        assert {k: getattr(load_config(path), k) for k in expected} == expected
+        return
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+if __name__ == "__main__":
+    print(table(), end="")
