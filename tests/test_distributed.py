@@ -1,6 +1,7 @@
 """Several real processes, started by torchrun, that do what one does."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,17 +9,25 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from datasets.coco import ClassMap
 from datasets.loader import EpochBatches
 from datasets.toy import make_toy_coco
+from engine import train_one_epoch
+from run import Run
 from tests.conftest import SMALL, children_of, wait_for_first_epoch
 from tests.test_main import assert_same_state, read_log
 from util.checkpoint import read_checkpoint
+from util.config import parse_command_line
+from util.distributed import join_processes, leave_processes
+from util.nested_tensor import nested_tensor_from_tensor_list
 
 # No noise, whose random numbers depend on the process, and no batch statistics.
 PLAIN = ["--batch_norm_type", "FrozenBatchNorm2d", "--use_dn", "--dn_label_noise_ratio", "0"]
@@ -71,11 +80,12 @@ def arguments(data: Path, out: Path, batch_size: int, *more: str) -> list[str]:
 
 def test_two_processes_equal_one_of_twice_the_batch(squares: Path, tmp_path: Path):
     """And so do accumulated batches: losses of 5 steps within 0.1%, weights on average within 2% of
-    a step's length."""
+    a step's length. But for DN-DETR's division of the denoising losses, process by process."""
     one, two, accumulated = (tmp_path / name for name in ("one", "two", "accumulated"))
-    run(1, arguments(squares, one, 4))
-    run(2, arguments(squares, two, 2))
-    run(1, arguments(squares, accumulated, 2, "--accumulate", "2"))
+    mean = ["--dn_num_boxes", "mean"]
+    run(1, arguments(squares, one, 4, *mean))
+    run(2, arguments(squares, two, 2, *mean))
+    run(1, arguments(squares, accumulated, 2, *mean, "--accumulate", "2"))
     expected = read_checkpoint(one / "checkpoint.pth")["model"]
     lr = read_log(one)[0]["train_lr"]
     for other in (two, accumulated):
@@ -100,6 +110,80 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(data: Path, tmp_p
         results.append((figures, json.loads((out / "results.json").read_text())))
     assert results[0] == results[1] == results[2]
     assert len({d["image_id"] for d in results[0][1]}) == 7
+
+
+def test_coco_evaluation_runs_once_in_two_processes(data: Path, tmp_path: Path):
+    run(1, arguments(data, tmp_path / "run", 2))
+    code = (
+        "import sys, main; from pycocotools.cocoeval import COCOeval as E; evaluate = E.evaluate;"
+        "E.evaluate = lambda self: (print('evaluated', file=sys.stderr), evaluate(self));"
+        "sys.exit(main.main())"
+    )
+    resume = ["--eval", "--resume", str(tmp_path / "run" / "checkpoint.pth"), "--eval_per_class"]
+    args = [*arguments(data, tmp_path / "out", 2, *resume), "--dist_url", f"file://{tmp_path}/meet"]
+    commands = [
+        [sys.executable, "-c", code, *args, "--world_size", "2", "--rank", str(rank)]
+        for rank in range(2)
+    ]
+    processes = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert [error.count("evaluated") for error in errors] == [1, 0]
+
+
+def test_the_first_process_decides_what_all_go_on_from(data: Path, tmp_path: Path):
+    """Also where only its directory has a run, as with disks of their own."""
+    outs = [tmp_path / "0", tmp_path / "1"]
+    run(1, arguments(data, outs[0], 2))
+    epochs = ["--epochs", "2", "--resume", "auto", "--dist_url", f"file://{tmp_path}/meet"]
+    args = [[*arguments(data, out, 1, *epochs), "--world_size", "2"] for out in outs]
+    commands = [[sys.executable, "main.py", *args[r], "--rank", str(r)] for r in range(2)]
+    processes = [subprocess.Popen(command) for command in commands]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert [line["epoch"] for line in read_log(outs[0])] == [0, 1]
+
+
+def denoising_losses(rank: int, meeting: str, divisor: str) -> dict[str, float]:
+    """What `train_one_epoch` logs of one step in two processes of one and of four objects."""
+    join_processes(2, rank, meeting, 5)
+    try:
+        training, batches = one_batch_each(divisor)
+        return train_one_epoch(training, [batches[rank]])
+    finally:
+        leave_processes()
+
+
+def one_batch_each(divisor: str) -> tuple[Run, list]:
+    """A run and, for each of two processes, a batch of one image."""
+    torch.set_num_threads(1)
+    more = ["--dn_num_boxes", divisor, "--num_classes", "3", "--lr", "0", "--lr_backbone", "0"]
+    cfg = parse_command_line([*SMALL, *PLAIN, *more, "--optimizer", "adamw"])
+    torch.manual_seed(1)
+    training = Run(cfg, torch.device("cpu"), ClassMap.identity([{"id": 0}], 3))
+    batches = []
+    for count in (1, 4):
+        target = {"labels": torch.arange(count) % 3, "boxes": 0.2 + 0.3 * torch.rand(count, 4)}
+        batches.append((nested_tensor_from_tensor_list([torch.randn(3, 64, 64)]), [target]))
+    return training, batches
+
+
+@pytest.mark.parametrize("divisor", ["process", "mean"])
+def test_what_denoising_losses_are_divided_by(divisor: str, tmp_path: Path):
+    """DN-DETR's: each process's by its own objects; DINO's: by their mean over the processes."""
+    training, batches = one_batch_each(divisor)
+    model, criterion = training.model.train(), training.criterion.train()
+    alone = [criterion(model(images, targets), targets) for images, targets in batches]
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        meeting = f"file://{tmp_path}/meet"
+        logged = list(pool.map(partial(denoising_losses, meeting=meeting, divisor=divisor), (0, 1)))
+    assert logged[0]["loss_bbox_dn"] == logged[1]["loss_bbox_dn"]
+    for name in ("loss_ce_dn", "loss_bbox_dn", "loss_giou_dn_0"):
+        one, four = (float(losses[name].detach()) for losses in alone)
+        expected = {"process": (one + four) / 2, "mean": (one + 4 * four) / 5}[divisor]
+        assert one != pytest.approx(four, rel=0.01)
+        assert logged[0][f"{name}_unscaled"] == pytest.approx(expected, rel=1e-4), name
+    one, four = (float(losses["loss_bbox"].detach()) for losses in alone)
+    assert logged[0]["loss_bbox_unscaled"] == pytest.approx((one + 4 * four) / 5, rel=1e-4)
 
 
 def test_processes_meet_without_torchrun(data: Path, tmp_path: Path):

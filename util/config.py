@@ -441,10 +441,8 @@ def parse_value(name: str, value: Any) -> Any:
     if name == "modelname":
         value = MODEL_ALIASES.get(value, value)
     kind = FIELDS[name].type
-    word = (
-        value[0] if isinstance(value, list) and len(value) == 1 else value
-    )  # of a flag for a list
-    is_none = str(word).lower() in ("none", "null")
+    flag = isinstance(value, list) and len(value) == 1  # a list's, on the command line
+    is_none = str(value[0] if flag else value).lower() in ("none", "null")
     if isinstance(kind, types.UnionType):
         if is_none:
             return None

@@ -39,14 +39,14 @@ def download(url: str) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(f".{path.name}.part"), "ab") as file:
+        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
             with contextlib.suppress(OSError):  # some network file systems know no locks
-                fcntl.lockf(file, fcntl.LOCK_EX)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
                 logger.info("downloading %s to %s", url, path)
-                file.truncate(0)
-                _fetch(url, file)
-                os.replace(file.name, path)
+                part = path.with_name(f".{path.name}.part")
+                _fetch(url, part)
+                os.replace(part, path)
     except (OSError, HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{url}: not downloaded ({reason}); check the address and try again") from (
@@ -55,14 +55,13 @@ def download(url: str) -> Path:
     return path
 
 
-def _fetch(url: str, file) -> None:
-    with urlopen(url, timeout=TIMEOUT) as response:
+def _fetch(url: str, path: Path) -> None:
+    with urlopen(url, timeout=TIMEOUT) as response, open(path, "wb") as file:
         total = response.length
         with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
             while chunk := response.read(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
-    file.flush()
-    size = os.path.getsize(file.name)
+    size = path.stat().st_size
     if total is not None and size != total:
         raise ConnectionError(f"cut off after {size} of {total} bytes")
