@@ -187,14 +187,14 @@ class Run:
             "class_map": self.class_map.state_dict(),
         }
 
-    def begin(self, checkpoint: dict | None) -> None:
-        """Take up the run of a checkpoint, or begin one with a pretrained model's weights or the
-        backbone's alone."""
+    def begin(self, checkpoint: dict | None = None, source: str = "") -> None:
+        """Take up the run of a checkpoint, called `source` in errors, or begin one with a
+        pretrained model's weights or the backbone's alone."""
         cfg = self.cfg
         seed_everything(cfg.seed + rank())  # the weights are the same in all processes
         if checkpoint is not None:
-            self.load(checkpoint)
-            return self.resume(checkpoint)
+            self.load(checkpoint, source)
+            return self.resume(checkpoint, source)
         if path := cfg.pretrain_model_path:
             report = load_weights(self.model, path, strict=False, ignore=cfg.finetune_ignore)
             logger.info("%s:\n%s", path, report)
@@ -204,14 +204,14 @@ class Run:
         if cfg.drop_lr_now or cfg.override_resumed_lr_drop:
             logger.info("drop_lr_now, override_resumed_lr_drop: nothing is resumed, no effect")
 
-    def load(self, checkpoint: dict) -> None:
+    def load(self, checkpoint: dict, source: str) -> None:
         """The weights of a checkpoint, and with --use_ema of its average, if it has one."""
-        load_weights(self.model, checkpoint, source=self.cfg.resume)
+        load_weights(self.model, checkpoint, source=source)
         if self.cfg.use_ema and checkpoint.get("ema_model"):
             self.begin_average()
             self.ema.load_state_dict(checkpoint["ema_model"])
 
-    def resume(self, checkpoint: dict) -> None:
+    def resume(self, checkpoint: dict, source: str) -> None:
         """Go on from the step, and with the optimiser, schedule and random state of a checkpoint.
 
         The authors' checkpoints hold no random state and no schedule that is ours: of these the
@@ -221,7 +221,7 @@ class Run:
         """
         self.epoch = checkpoint.get("epoch", self.epoch)
         if "rng" in checkpoint:
-            self.resume_own(checkpoint)
+            self.resume_own(checkpoint, source)
         else:
             taken = load_released_state(self.optimizer, self.model, checkpoint)
             how = "as it was" if taken else "anew, as the file has no state that fits"
@@ -251,8 +251,7 @@ class Run:
             )
             self.cfg = dataclasses.replace(self.cfg, **kept)
 
-    def resume_own(self, checkpoint: dict) -> None:
-        source = self.cfg.resume
+    def resume_own(self, checkpoint: dict, source: str) -> None:
         self.keep_rates(checkpoint["config"])
         self.scheduler, _ = build_scheduler(self.optimizer, self.cfg, self.steps)
         try:

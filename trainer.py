@@ -169,8 +169,8 @@ def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
     """Train from the beginning or from a checkpoint, evaluating after every epoch."""
     output_dir = by_first(lambda: prepare_output_dir(cfg))
     with claimed(output_dir), StopRequest() as stop:
-        cfg = dataclasses.replace(cfg, resume=by_first(lambda: find_resume(cfg, training=True)))
-        checkpoint = read_checkpoint(cfg.resume) if cfg.resume else None
+        source = by_first(lambda: find_resume(cfg, training=True))
+        checkpoint = read_checkpoint(source) if source else None
         train_set = build_dataset(cfg, "train", class_map_of(checkpoint))
         class_map = train_set.class_map
         check_queries(train_set, cfg)
@@ -183,7 +183,7 @@ def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
                 "--batch_norm_type BatchNorm2d learns better"
             )
         run = Run(cfg, device, class_map, len(train_loader) // cfg.accumulate)
-        run.begin(checkpoint)
+        run.begin(checkpoint, source)
         del checkpoint
         if output_dir and overwrites(cfg):
             by_first(lambda: remove_run(output_dir))
@@ -195,10 +195,10 @@ def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
 
 def evaluate_only(cfg: Config, device: torch.device) -> None:
     """--eval and --test: no training, only what a checkpoint detects."""
-    cfg = dataclasses.replace(cfg, resume=by_first(lambda: find_resume(cfg)))
-    if not cfg.resume:
+    source = by_first(lambda: find_resume(cfg))
+    if not source:
         raise UserError("resume: --eval and --test need the checkpoint to evaluate, --resume FILE")
-    checkpoint = read_checkpoint(cfg.resume)
+    checkpoint = read_checkpoint(source)
     output_dir = by_first(lambda: prepare_output_dir(cfg))
     if cfg.test and output_dir is None:
         raise UserError("output_dir: --test writes its detections there")
@@ -206,9 +206,9 @@ def evaluate_only(cfg: Config, device: torch.device) -> None:
     dataset = build_dataset(cfg, split, class_map_of(checkpoint))
     cfg = dataclasses.replace(cfg, num_classes=dataset.class_map.num_classes)
     run = Run(cfg, device, dataset.class_map)
-    run.load(checkpoint)
+    run.load(checkpoint, source)
     if cfg.use_ema and run.ema is None:
-        logger.warning("use_ema: %s holds no averaged weights (ema_model)", cfg.resume)
+        logger.warning("use_ema: %s holds no averaged weights (ema_model)", source)
     loader = build_loader(dataset, cfg, train=False)
     if not cfg.test:
         stats = evaluate_run(run, loader)

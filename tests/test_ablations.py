@@ -1,25 +1,22 @@
 """Every ablation of every model that can carry it trains in two real processes, where DDP insists
 on a gradient for each trained parameter."""
 
-import contextlib
 import io
 import math
-import multiprocessing
-import os
 import traceback
-from collections.abc import Iterator
-from multiprocessing.connection import Connection
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
-import run
 from datasets.toy import make_toy_coco
 from main import main
 from models import build_backbone
 from models.convnext import CONVNEXTS
-from tests.conftest import SMALL
+from run import Run
+from tests.conftest import SMALL, Pair
 from tests.test_main import read_log
 from util.config import MODELS, Config, parse_command_line
 from util.errors import UserError
@@ -53,27 +50,17 @@ def ablations(model: str) -> list[str]:
     return ALL + decoder + ([] if model in PLAIN_MODELS else DENOISING)
 
 
-def serve(rank: int, connection: Connection) -> None:
-    """A process of its own: runs `main` with every command line that it is sent, and sends the exit
-    status, or that there was a traceback, and what was printed to stderr."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    # Files of checkpoints, which other tests are about, would take half of the time.
-    run.save_checkpoint = run.copy_checkpoint = lambda *args: None
-    while True:
-        argv, status, printed = connection.recv(), "traceback", io.StringIO()
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
-            try:
-                status = main(argv)
-            except Exception:
-                traceback.print_exc()
-        connection.send((status, printed.getvalue()))
-
-
-def answer(connection: Connection) -> tuple[int | str, str] | None:
-    """What `serve` sent, None where it hangs or is gone. It has --dist_timeout's minute."""
-    with contextlib.suppress(EOFError):
-        return connection.recv() if connection.poll(150) else None
+def run_main(argv: list[str]) -> tuple[int | str, str]:
+    """The exit status of `main`, or that there was a traceback, and what it printed to stderr."""
+    status, printed = "traceback", io.StringIO()
+    # Checkpoints, which other tests are about, would take half of the time.
+    saving = patch.multiple(Run, save=lambda *args: None, copy=lambda *args: None)
+    with redirect_stderr(printed), redirect_stdout(io.StringIO()), saving:
+        try:
+            status = main(argv)
+        except Exception:
+            traceback.print_exc()
+    return status, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -81,36 +68,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_toy_coco(tmp_path_factory.mktemp("toy"), num_train=8, num_val=2, size=64)
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[list[Connection]]:
-    """To two processes that are started once, as that takes longer than a command."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [context.Pipe() for _ in range(2)], []
-    for rank, (_, theirs) in enumerate(pipes):
-        processes.append(context.Process(target=serve, args=(rank, theirs), daemon=True))
-        processes[-1].start()
-        theirs.close()  # so that the end of the process is noticed
-    yield [ours for ours, _ in pipes]
-    for process in processes:
-        process.kill()  # SIGTERM would wait for the step at hand
-
-
 @pytest.mark.parametrize("model", MODELS)
-def test_ablations_train_in_two_processes(
-    model: str, pair: list[Connection], data: Path, tmp_path: Path
-):
+def test_ablations_train_in_two_processes(model: str, pair: Pair, data: Path, tmp_path: Path):
     """They end with status 0 and a finite loss, with losses of denoising where there is any."""
     failures = []
     for i, options in enumerate(ablations(model)):
         out, command = tmp_path / f"{i}", f"-m {model} {options}"
         argv = ["-m", model, *TINY, *options.split(), "--coco_path", str(data)]
         argv += ["--output_dir", str(out), "--dist_url", f"file://{tmp_path}/{i}.meet"]
-        for connection in pair:
-            connection.send(argv)
-        ends = [answer(connection) for connection in pair]
-        if None in ends:  # which leaves nobody to go on with
-            for connection in pair:
-                connection.close()
+        ends = pair.call(run_main, argv, argv)
+        if None in ends:  # --dist_timeout is a minute
             pytest.fail("\n".join([*failures, f"{command}: no answer, of both processes {ends}"]))
         if any(status != 0 for status, _ in ends):
             failures += [f"{command}: process {r}: {s}\n{text}" for r, (s, text) in enumerate(ends)]

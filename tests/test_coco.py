@@ -469,7 +469,7 @@ def test_build_dataset(tmp_path):
     val = build_dataset(config(tmp_path), "val", train.class_map)
     assert not val.train and val.class_map is train.class_map and val[0][0].shape == (3, 40, 60)
     fixed = build_dataset(config(tmp_path, fix_size=True), "train")
-    assert fixed[0][0].shape == fixed[1][0].shape == (3, 40, 60)
+    assert fixed[0][0].shape == fixed[1][0].shape == (3, 40, 90)
     test = build_dataset(config(tmp_path), "test", train.class_map)
     assert len(test) == 2 and test[1][1]["labels"].shape == (0,)
     assert build_dataset(config(tmp_path, strict_data=True), "train").strict

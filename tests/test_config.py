@@ -69,7 +69,7 @@ def test_config_overrides_base_and_default():
         ("--dn_number 0 --use_dn", {"use_dn": False}),
         ("-m dn_dab_deformable_detr_deformable_encoder_only", {"epochs": 50, "lr_drop": 40}),
         ("-m dino", {"eval_batch_size": 1, "batch_size": 2, "dn_num_boxes": "mean"}),
-        ("--find_unused_params --dataset_file coco --epochs 3", {"epochs": 3}),
+        ("--find_unused_params --dataset_file coco --local-rank=0 --epochs 3", {"epochs": 3}),
     ],
 )
 def test_command_lines(line: str, expected: dict):

@@ -354,3 +354,106 @@ def test_options_that_a_model_cannot_have_are_refused():
         build("dn_dab_detr_r50", query_selection="mixed")
     with pytest.raises(UserError, match="num_feature_levels: 2 is less than the 3 levels"):
         build("dino_4scale_r50", num_feature_levels=2)
+
+
+# -- first weights, as released; the models are the published ones but for their backbone and width
+
+
+def first_weights(name: str, **overrides) -> dict[str, torch.Tensor]:
+    small = {"backbone": "resnet18", "enc_layers": 1, "dec_layers": 2, "hidden_dim": 64}
+    torch.manual_seed(0)
+    cfg = load_config(f"configs/{name}.py", small | {"pretrained_backbone": False} | overrides)
+    model, _, _ = build_model(cfg)
+    return {k: p.detach() for k, p in model.named_parameters(remove_duplicate=False)}
+
+
+def is_xavier(weight: torch.Tensor) -> bool:
+    """Uniform up to sqrt(6 / (rows + columns))."""
+    reach = math.sqrt(6 / sum(weight.flatten(1).shape))
+    spread = weight.std() / (reach / math.sqrt(3))
+    return bool(weight.abs().max() <= reach) and abs(spread - 1) < 0.1
+
+
+@pytest.mark.parametrize("name", ["dino_4scale_r50", "dn_dab_dino_deformable_detr_r50"])
+def test_learned_content_beside_selected_anchors_begins_xavier(name: str):
+    weights = first_weights(name)
+    assert is_xavier(weights["transformer.tgt_embed.weight"])
+    assert weights["label_enc.weight"].std() == pytest.approx(1, rel=0.1)
+    assert all(w.eq(0).all() for k, w in weights.items() if re.search(r"bbox.*layers\.2\.", k))
+
+
+def test_static_queries_begin_normal_but_in_dino():
+    for name, is_dino in (("dino_4scale_r50", True), ("dab_deformable_detr_r50", False)):
+        weights = first_weights(name, query_selection="static")
+        for query in ("tgt_embed.weight", "refpoint_embed.weight"):
+            assert is_xavier(weights[query]) == is_dino
+            assert is_dino or weights[query].std() == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["dab_deformable_detr_r50", "dn_dab_deformable_detr_r50"])
+def test_the_first_box_head_begins_with_small_boxes(name: str):
+    """Of learned queries alone: where they are selected, the tokens' boxes have a size."""
+    bias = "bbox_embed.{}.layers.2.bias"
+    weights = first_weights(name)
+    assert weights[bias.format(0)].tolist() == [0, 0, -2, -2]
+    assert weights[bias.format(1)].tolist() == [0, 0, 0, 0]
+    weights = first_weights(name, query_selection="pure")
+    assert weights[bias.format(0)].tolist() == [0, 0, 0, 0]
+
+
+def test_deformable_encoder_only_begins_otherwise():
+    weights = first_weights("dn_dab_deformable_detr_deformable_encoder_only_r50_3pat")
+    attention = "transformer.encoder.layers.0.self_attn"
+    for name in ("sampling_offsets", "attention_weights", "value_proj"):
+        assert is_xavier(weights[f"{attention}.{name}.weight"])
+    assert weights[f"{attention}.sampling_offsets.bias"].abs().max() == 4  # points, as elsewhere
+    assert is_xavier(weights["transformer.patterns.weight"])
+    assert weights["transformer.decoder.layers.0.ca_out_v_proj.bias"].eq(0).all()
+    for name in ("bbox_embed.layers.2", "input_proj.0.0"):  # PyTorch's default
+        fan_in = weights[f"{name}.weight"][0].numel()
+        for part in ("weight", "bias"):
+            assert 0.3 < weights[f"{name}.{part}"].abs().max() * math.sqrt(fan_in) <= 1
+    other = first_weights("dn_dab_deformable_detr_r50")
+    assert other[f"{attention}.sampling_offsets.weight"].eq(0).all()
+    assert is_xavier(other["input_proj.0.0.weight"]) and other["input_proj.0.0.bias"].eq(0).all()
+
+
+def test_anchors_spread_over_the_image():
+    for name in ("dab_detr_r50", "dn_dab_deformable_detr_r50"):
+        weights = first_weights(name, random_refpoints_xy=True)
+        centres = weights["refpoint_embed.weight"][:, :2].sigmoid()
+        assert (
+            centres.min() < 0.02 and centres.max() > 0.98
+        )  # logits of a normal reach 0.05 to 0.95
+        assert centres.std() == pytest.approx(1 / math.sqrt(12), rel=0.1)
+
+
+# -- options of the released config files
+
+
+def test_weights_of_the_selected_tokens_losses():
+    weights = lambda **options: (
+        build_model(load_config("configs/dino_4scale_r50.py", options))[1].weight_dict
+    )
+    usual = weights()
+    assert (usual["loss_ce_interm"], usual["loss_bbox_interm"]) == (1, 5)
+    halved = weights(interm_loss_coef=0.5)
+    changed = {k: v for k, v in halved.items() if usual[k] != v}
+    assert changed == {
+        f"loss_{k}_interm": v for k, v in {"ce": 0.5, "bbox": 2.5, "giou": 1}.items()
+    }
+    classes = weights(no_interm_box_loss=True)
+    changed = {k: v for k, v in classes.items() if usual[k] != v}
+    assert changed == {"loss_bbox_interm": 0, "loss_giou_interm": 0}
+
+
+def test_dino_without_contrastive_denoising_has_as_many_queries():
+    """Not 100 groups of all the objects of an image."""
+    small = {"backbone": "resnet18", "pretrained_backbone": False, "hidden_dim": 32, "nheads": 4}
+    small |= {"num_queries": 10, "enc_layers": 1, "dec_layers": 1}
+    targets = [{"labels": torch.zeros(40, dtype=torch.int64), "boxes": torch.rand(40, 4)}]
+    for contrastive, groups in ((True, 2), (False, 5)):
+        cfg = load_config("configs/dino_4scale_r50.py", small | {"contrastive": contrastive})
+        model, _, _ = build_model(cfg)
+        dn = model.train()([torch.randn(3, 128, 128)], targets)["dn"]
+        assert (dn.num_groups, dn.num_queries) == (groups, {True: 160, False: 200}[contrastive])

@@ -1,7 +1,6 @@
 """Several real processes, started by torchrun, that do what one does."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -9,20 +8,21 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from PIL import Image
+from pycocotools.cocoeval import COCOeval
 
 from datasets.coco import ClassMap
 from datasets.loader import EpochBatches
 from datasets.toy import make_toy_coco
 from engine import train_one_epoch
+from main import main
 from run import Run
-from tests.conftest import SMALL, children_of, wait_for_first_epoch
+from tests.conftest import SMALL, Pair, children_of, wait_for_first_epoch
 from tests.test_main import assert_same_state, read_log
 from util.checkpoint import read_checkpoint
 from util.config import parse_command_line
@@ -112,39 +112,31 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(data: Path, tmp_p
     assert len({d["image_id"] for d in results[0][1]}) == 7
 
 
-def test_coco_evaluation_runs_once_in_two_processes(data: Path, tmp_path: Path):
-    run(1, arguments(data, tmp_path / "run", 2))
-    code = (
-        "import sys, main; from pycocotools.cocoeval import COCOeval as E; evaluate = E.evaluate;"
-        "E.evaluate = lambda self: (print('evaluated', file=sys.stderr), evaluate(self));"
-        "sys.exit(main.main())"
-    )
+def count_evaluations(argv: list[str]) -> tuple[int, int]:
+    """The exit status of `main`, and how often pycocotools evaluated."""
+    with patch.object(COCOeval, "evaluate", autospec=True, side_effect=COCOeval.evaluate) as spy:
+        return main(argv), spy.call_count
+
+
+def test_coco_evaluation_runs_once_in_two_processes(pair: Pair, data: Path, tmp_path: Path):
+    assert main(arguments(data, tmp_path / "run", 2)) == 0
     resume = ["--eval", "--resume", str(tmp_path / "run" / "checkpoint.pth"), "--eval_per_class"]
     args = [*arguments(data, tmp_path / "out", 2, *resume), "--dist_url", f"file://{tmp_path}/meet"]
-    commands = [
-        [sys.executable, "-c", code, *args, "--world_size", "2", "--rank", str(rank)]
-        for rank in range(2)
-    ]
-    processes = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    assert [error.count("evaluated") for error in errors] == [1, 0]
+    assert pair.call(count_evaluations, args, args) == [(0, 1), (0, 0)]
 
 
-def test_the_first_process_decides_what_all_go_on_from(data: Path, tmp_path: Path):
+def test_the_first_process_decides_what_all_go_on_from(pair: Pair, data: Path, tmp_path: Path):
     """Also where only its directory has a run, as with disks of their own."""
     outs = [tmp_path / "0", tmp_path / "1"]
-    run(1, arguments(data, outs[0], 2))
-    epochs = ["--epochs", "2", "--resume", "auto", "--dist_url", f"file://{tmp_path}/meet"]
-    args = [[*arguments(data, out, 1, *epochs), "--world_size", "2"] for out in outs]
-    commands = [[sys.executable, "main.py", *args[r], "--rank", str(r)] for r in range(2)]
-    processes = [subprocess.Popen(command) for command in commands]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert main(arguments(data, outs[0], 2)) == 0
+    more = ["--epochs", "2", "--resume", "auto", "--dist_url", f"file://{tmp_path}/meet"]
+    assert pair.call(main, *(arguments(data, out, 1, *more) for out in outs)) == [0, 0]
     assert [line["epoch"] for line in read_log(outs[0])] == [0, 1]
 
 
-def denoising_losses(rank: int, meeting: str, divisor: str) -> dict[str, float]:
+def denoising_losses(task: tuple[int, str, str]) -> dict[str, float]:
     """What `train_one_epoch` logs of one step in two processes of one and of four objects."""
+    rank, meeting, divisor = task
     join_processes(2, rank, meeting, 5)
     try:
         training, batches = one_batch_each(divisor)
@@ -155,7 +147,6 @@ def denoising_losses(rank: int, meeting: str, divisor: str) -> dict[str, float]:
 
 def one_batch_each(divisor: str) -> tuple[Run, list]:
     """A run and, for each of two processes, a batch of one image."""
-    torch.set_num_threads(1)
     more = ["--dn_num_boxes", divisor, "--num_classes", "3", "--lr", "0", "--lr_backbone", "0"]
     cfg = parse_command_line([*SMALL, *PLAIN, *more, "--optimizer", "adamw"])
     torch.manual_seed(1)
@@ -168,14 +159,13 @@ def one_batch_each(divisor: str) -> tuple[Run, list]:
 
 
 @pytest.mark.parametrize("divisor", ["process", "mean"])
-def test_what_denoising_losses_are_divided_by(divisor: str, tmp_path: Path):
+def test_what_denoising_losses_are_divided_by(divisor: str, pair: Pair, tmp_path: Path):
     """DN-DETR's: each process's by its own objects; DINO's: by their mean over the processes."""
     training, batches = one_batch_each(divisor)
     model, criterion = training.model.train(), training.criterion.train()
     alone = [criterion(model(images, targets), targets) for images, targets in batches]
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        meeting = f"file://{tmp_path}/meet"
-        logged = list(pool.map(partial(denoising_losses, meeting=meeting, divisor=divisor), (0, 1)))
+    meeting = f"file://{tmp_path}/meet"
+    logged = pair.call(denoising_losses, (0, meeting, divisor), (1, meeting, divisor))
     assert logged[0]["loss_bbox_dn"] == logged[1]["loss_bbox_dn"]
     for name in ("loss_ce_dn", "loss_bbox_dn", "loss_giou_dn_0"):
         one, four = (float(losses[name].detach()) for losses in alone)

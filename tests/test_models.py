@@ -226,3 +226,16 @@ def test_postprocess_scales_and_sorts():
     torch.testing.assert_close(result["scores"][:3], torch.tensor([3.0, 2.0, 1.0]).sigmoid())
     torch.testing.assert_close(result["boxes"][0], torch.tensor([50.0, 40.0, 150.0, 60.0]))
     torch.testing.assert_close(result["boxes"][1], torch.tensor([0.0, 50.0, 100.0, 100.0]))
+
+
+def test_postprocess_with_nms():
+    """As released, whatever the class: of two boxes that overlap more, the better one stays."""
+    boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.4], [0.52, 0.5, 0.4, 0.4], [0.2, 0.2, 0.1, 0.1]]])
+    logits = torch.tensor([[[2.0, -9.0], [-9.0, 1.0], [0.0, -9.0]]])
+    outputs, sizes = {"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[100, 200]])
+    for threshold, kept in ((-1, [0, 1, 0]), (0.95, [0, 1, 0]), (0.5, [0, 0])):
+        _, _, postprocess = small_model(num_select=3, nms_iou_threshold=threshold)
+        (result,) = postprocess(outputs, sizes)
+        assert result["labels"].tolist() == kept
+        assert result["boxes"].shape == (len(kept), 4)
+        assert result["scores"].tolist() == sorted(result["scores"].tolist(), reverse=True)

@@ -51,13 +51,17 @@ def wait_for(condition: Callable[[], bool], seconds: float, job: Path) -> None:
 def test_job_that_is_preempted_and_timed_out_is_one_unbroken_run(
     cluster: Path, toy: Path, capsys: pytest.CaptureFixture
 ):
-    """Two tasks; `scontrol requeue`, then the signal that Slurm sends before the time is up."""
-    args = [*SMALL, *STATEFUL, "--coco_path", str(toy)]
+    """Two tasks; `scontrol requeue`, then the signal that Slurm sends before the time is up. Being
+    started again by Slurm, it goes on in spite of --overwrite."""
+    args = [*SMALL, *STATEFUL, "--coco_path", str(toy), "--overwrite"]
     slurm = ["--ngpus", "0", "--ntasks_per_node", "2", "--cpus_per_task", "1", "--mem_gb", "2"]
     slurm += ["--timeout", "30", "--comment", "a test", "--job_dir", str(cluster / "job_%j")]
+    slurm += ["--requeue", "--mail_user", "someone@example.org", "--mail_type", "END"]
     assert main([*slurm, *args]) == 0
     number = re.search(r"job (\d+), checkpoints", capsys.readouterr().out)[1]
     job = cluster / f"job_{number}"
+    show = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True)
+    assert "MailUser=someone@example.org MailType=END" in show.stdout
     epochs = lambda: len(read_log(job)) if (job / "log.txt").exists() else 0
 
     def state() -> str:

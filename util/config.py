@@ -606,7 +606,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             section.add_argument(*spellings.get(f.name, []), f"--{f.name}", **extra)
     parser.set_defaults(**dict.fromkeys(FIELDS))
     for name in (*RETIRED, *SELECTION_SWITCHES):
-        add(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
+        # torch.distributed.launch, which published commands use, writes --local-rank.
+        add(
+            f"--{name}",
+            f"--{name.replace('_', '-')}",
+            nargs="?",
+            const=True,
+            help=argparse.SUPPRESS,
+        )
     for name in FIXED:
         add(f"--{name}", nargs="*", help=argparse.SUPPRESS)
 
