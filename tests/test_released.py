@@ -10,13 +10,14 @@ config files, of all but the first those that differ from it.
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import run_with_submitit
-from util.config import Config, load_config, parse_command_line
+from util.config import CONFIG_DIR, Config, load_config, parse_command_line
 from util.errors import UserError
 
 FOLDER = Path(__file__).parent / "released"
@@ -105,6 +106,19 @@ def test_denoising_for_a_model_without_is_said_in_a_line(caplog: pytest.LogCaptu
 
 def test_the_readme_lists_them():
     assert table() in Path("README.md").read_text()
+
+
+def test_the_readme_s_table_of_published_runs_says_what_the_configs_say():
+    row = re.compile(
+        r"^\| `(\w+)` \| (\d+) x (\d+)[^|]*\| (\d+), (\d+)[^|]*\| (\S+), (\S+) \|", re.MULTILINE
+    )
+    rows = row.findall(Path("README.md").read_text())
+    assert {name for name, *_ in rows} == {path.stem for path in CONFIG_DIR.glob("*.py")}
+    for name, gpus, images, *numbers in rows:
+        cfg = load_config(f"configs/{name}.py")
+        wanted = cfg.batch_size, cfg.epochs, cfg.lr_drop, cfg.lr, cfg.lr_backbone
+        assert (int(images), *map(float, numbers)) == wanted, name
+        assert int(gpus) * int(images) == 16
 
 
 @pytest.mark.parametrize("name", DINO_CONFIGS)

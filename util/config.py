@@ -165,7 +165,7 @@ class ModelOptions:
     )
     num_queries: int = option(300, "queries, Q: the most objects found in an image", low=1)
     num_patterns: int = option(0, "dense decoders: content embeddings of every anchor", low=0)
-    random_refpoints_xy: bool = option(False, "learned anchors begin spread over the image")
+    random_refpoints_xy: bool = option(False, "learned anchors start all over the image")
     pe_temperatureH: float = option(20, "position encoding's temperature for y", low=1e-6)
     pe_temperatureW: float = option(20, "position encoding's temperature for x", low=1e-6)
     num_classes: int | None = option(
@@ -190,7 +190,7 @@ class ModelOptions:
     two_stage_bbox_embed_share: bool = option(False, "DINO: encoder and decoder share box heads")
     num_select: int = option(300, "detections kept of an image", low=1)
     nms_iou_threshold: float = option(
-        -1, "drop detections that overlap a better one of any class by more; -1: none", high=1
+        -1, "IoU above which NMS, over all classes, drops the worse detection; -1: no NMS", high=1
     )
 
 
@@ -204,8 +204,8 @@ class DenoisingOptions:
     )
     dn_number: int = option(
         5,
-        "denoising groups, from 100 on instead about so many queries in all; DINO: twice as many; "
-        "0: no denoising",
+        "denoising groups; from 100 on, roughly the number of denoising queries instead; DINO "
+        "doubles it; 0: no denoising",
         low=0,
     )
     dn_labelbook_size: int | None = option(
@@ -215,8 +215,8 @@ class DenoisingOptions:
     dn_box_noise_scale: float = option(0.4, "box noise, 1 reaching the box's own edge", low=0)
     dn_num_boxes: str = option(
         "process",
-        "denoising losses are divided by the objects of the process itself, as DN-DETR's, or by "
-        "their mean over processes, as DINO's",
+        "what divides denoising losses: the objects of the process itself, as in DN-DETR, or their "
+        "mean over all processes, as in DINO",
         choices=["process", "mean"],
     )
 
@@ -234,9 +234,9 @@ class LossOptions:
     focal_alpha: float = option(0.25, "alpha of the focal loss", low=0, high=1)
     aux_loss: bool = option(True, "losses on every decoder layer, not on the last alone")
     interm_loss_coef: float = option(
-        1.0, "factor on the losses of the tokens that queries are selected from", low=0
+        1.0, "weight of the losses on the encoder tokens that queries are selected from", low=0
     )
-    no_interm_box_loss: bool = option(False, "train these tokens' classes alone")
+    no_interm_box_loss: bool = option(False, "no box losses on those tokens")
 
 
 @dataclass
@@ -247,7 +247,7 @@ class DataOptions:
     num_workers: int = option(2, "data-loading processes", low=0)
     strict_data: bool = option(False, "stop at an unreadable training image; default: skip, count")
     fix_size: bool = option(
-        False, "every training image at the largest of --data_aug_scales x --data_aug_max_size"
+        False, "resize training images to exactly max(data_aug_scales) x data_aug_max_size"
     )
     data_aug_scales: list[int] = option(
         [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
@@ -270,7 +270,7 @@ class TrainingOptions:
     epochs: int = option(50, "epochs", low=1)
     batch_size: int = option(2, "images a process and step in training", low=1)
     eval_batch_size: int = option(
-        1, "images a process at once in evaluation; padding more than one costs AP", low=1
+        1, "images a process and step in evaluation; padding costs AP, so 1 as published", low=1
     )
     accumulate: int = option(1, "batches of every process that make one step", low=1)
     optimizer: str = option(
@@ -295,14 +295,15 @@ class TrainingOptions:
     multi_step_lr: bool = option(False, "divide the rate by 10 at the epochs of --lr_drop_list")
     lr_drop_list: list[int] = option([33, 45], "epochs for --multi_step_lr", low=1)
     onecyclelr: bool = option(
-        False, "every rate rises to --lr, the backbone's too, over a fifth of the run, then falls"
+        False,
+        "one cycle: all rates, the backbone's too, rise to --lr for a fifth of the run, then fall",
     )
     clip_max_norm: float = option(0.1, "largest gradient norm; 0 does not clip", low=0)
     amp: bool = option(False, "mixed precision")
     amp_dtype: str = option("bf16", "mixed precision in", choices=["bf16", "fp16"])
     use_ema: bool = option(False, "keep, evaluate and save an average of the weights as well")
     ema_decay: float = option(0.9997, "decay of that average", low=0, high=1)
-    ema_epoch: int = option(0, "epoch with whose weights the average begins", low=0)
+    ema_epoch: int = option(0, "epoch at whose start the average begins", low=0)
 
 
 @dataclass
@@ -310,17 +311,18 @@ class RunOptions:
     """run"""
 
     output_dir: str = option(
-        "", "directory of checkpoints, log.txt and TensorBoard files; a run in it is gone on with"
+        "",
+        "directory of checkpoints, log.txt and TensorBoard files; a run that it holds is resumed",
     )
-    overwrite: bool = option(False, "begin anew in --output_dir, removing the run that is there")
+    overwrite: bool = option(False, "start anew in --output_dir, deleting the run that it holds")
     device: str = option("", "cpu, cuda, cuda:1, ...; by default a GPU where there is one")
     seed: int = option(42, "seed of weights, noise, order and augmentation", low=0)
     resume: str = option(
         "", "checkpoint to go on from or evaluate, a file or URL; auto: the newest in --output_dir"
     )
-    drop_lr_now: bool = option(False, "on resuming, divide the rates by 10 at once")
+    drop_lr_now: bool = option(False, "on resuming, divide the learning rates by 10")
     override_resumed_lr_drop: bool = option(
-        False, "on resuming, go on with this --lr_drop or --lr_drop_list, not the checkpoint's"
+        False, "on resuming, use the given --lr_drop or --lr_drop_list, not the checkpoint's"
     )
     pretrain_model_path: str = option(
         "", "checkpoint whose weights, where they fit, begin the run, a file or URL"
