@@ -89,22 +89,23 @@ def claimed(output_dir: Path | None) -> Iterator[None]:
 
 
 def overwrites(cfg: Config) -> bool:
-    """Whether the run in the output directory is to go: not if it is this one, started again."""
-    return cfg.overwrite and not any(int(os.environ.get(name, 0)) for name in RESTARTS)
+    """Whether to delete the run in the output directory: not if it is this one, restarted."""
+    return cfg.overwrite and not any(int(os.environ.get(name) or 0) for name in RESTARTS)
 
 
 def remove_run(output_dir: Path) -> None:
-    """Take a run's checkpoints and logs out of its output directory."""
+    """Delete a run's checkpoints and logs."""
     for pattern in ("checkpoint*.pth", "log.txt", "events.out.tfevents.*"):
         for path in output_dir.glob(pattern):
             path.unlink(missing_ok=True)
 
 
 def find_resume(cfg: Config, training: bool = False) -> str:
-    """The checkpoint to take up, "" for none: the one that --resume names, or auto's.
+    """The file or URL of the checkpoint to load, "" for none: the one that --resume names, or for
+    auto the newest.
 
-    In training, a run that the output directory holds goes on whatever --resume says, as in DINO's
-    code, unless that names another checkpoint of it or --overwrite begins anew.
+    In training, a run that the output directory holds is resumed whatever --resume says, as in
+    DINO's code, unless --resume names another checkpoint of it or --overwrite starts anew.
     """
     auto, output_dir = cfg.resume == "auto", Path(cfg.output_dir)
     if auto and not cfg.output_dir:
@@ -126,7 +127,7 @@ def find_resume(cfg: Config, training: bool = False) -> str:
         logger.info("resume: %s", path)
     else:
         logger.warning(
-            "output_dir: %s holds a run, which goes on after epoch %s%s; --overwrite begins anew",
+            "output_dir: %s holds a run; resuming it after epoch %s%s; --overwrite starts anew",
             output_dir,
             state.get("epoch"),
             f", not {cfg.resume}" if cfg.resume else "",
@@ -214,31 +215,37 @@ class Run:
     def resume(self, checkpoint: dict, source: str) -> None:
         """Go on from the step, and with the optimiser, schedule and random state of a checkpoint.
 
-        The authors' checkpoints hold no random state and no schedule that is ours: of these the
-        epoch and, where it fits, the optimiser's state are taken, and the rates are those that this
-        config has in that epoch. With another number of processes or another batch size, the epoch
-        goes on behind as many images, with random numbers of its own.
+        The authors' checkpoints hold no random state, and their schedules are not ours: of these
+        the epoch and, where it fits, the optimiser's state are taken, and the learning rates are
+        those of this config in that epoch. With another number of processes or another batch size,
+        the epoch goes on behind as many images, with random numbers of its own.
         """
         self.epoch = checkpoint.get("epoch", self.epoch)
         if "rng" in checkpoint:
             self.resume_own(checkpoint, source)
         else:
             taken = load_released_state(self.optimizer, self.model, checkpoint)
-            how = "as it was" if taken else "anew, as the file has no state that fits"
-            logger.warning("resume: after epoch %d; the optimiser goes on %s", self.epoch, how)
+            how = "the optimiser state of" if taken else "a new optimiser, no state fits in"
+            logger.warning("resume: epoch %d is next, with %s %s", self.epoch + 1, how, source)
             self.move_schedule()
         if self.cfg.drop_lr_now:
-            if dropped := checkpoint.get("config", {}).get("drop_lr_now", False):
-                logger.info("drop_lr_now: the rates were divided before, in the run resumed")
-            for group in () if dropped else self.optimizer.param_groups:
-                group["lr"] *= 0.1
+            # Once: not again when the run that did so is resumed itself, with rates as they were.
+            if (
+                checkpoint.get("config", {}).get("drop_lr_now")
+                and not self.cfg.override_resumed_lr_drop
+            ):
+                logger.info("drop_lr_now: the rates of this run were divided before")
+            else:
+                for group in self.optimizer.param_groups:
+                    group["lr"] *= 0.1
 
     def move_schedule(self) -> None:
         """Set the rates of the epoch to come."""
         move_to(self.scheduler, (self.epoch + 1) * (self.steps if self.every_step else 1))
 
     def keep_rates(self, before: dict) -> None:
-        """Go on with rates and drops of the config `before`; say which of now have no effect."""
+        """Keep the learning rates, drops and weight decay of the config `before`, and say which of
+        today's have no effect."""
         names = RATES if self.cfg.override_resumed_lr_drop else (*RATES, *DROPS)
         now = {name: getattr(self.cfg, name) for name in names}
         kept = {k: before[k] for k, v in now.items() if before.get(k, v) != v}

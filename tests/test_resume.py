@@ -33,8 +33,8 @@ def test_a_directory_that_holds_a_run_goes_on(plain: list[str], tmp_path: Path, 
     assert "holds a run" not in capsys.readouterr().out
     assert main([*plain, "--epochs", "2", "--resume", str(other / "checkpoint.pth")]) == 0
     printed = capsys.readouterr().out
-    assert f"{out} holds a run, which goes on after epoch 0, not {other}" in printed
-    assert "--overwrite begins anew" in printed
+    assert f"{out} holds a run; resuming it after epoch 0, not {other}" in printed
+    assert "--overwrite starts anew" in printed
     assert [line["epoch"] for line in read_log(out)] == [0, 1]
     ends = [read_checkpoint(directory / "checkpoint.pth") for directory in (out, other)]
     for state in ends:
@@ -93,8 +93,8 @@ def test_a_released_checkpoint_goes_on_at_its_epoch_s_rate(
     torch.save(released | {"args": argparse.Namespace(lr=1e-4)}, path)
     more = ["--resume", str(path), "--epochs", "46", "--lr_drop", "40"]
     assert main([*plain, *more]) == 0
-    goes_on = "as it was" if keeps_optimizer else "anew, as the file has no state that fits"
-    assert f"after epoch 44; the optimiser goes on {goes_on}" in capsys.readouterr().out
+    how = "the optimiser state of" if keeps_optimizer else "a new optimiser, no state fits in"
+    assert f"resume: epoch 45 is next, with {how} {path}" in capsys.readouterr().out
     assert [line["epoch"] for line in read_log(tmp_path / "out")] == [45]
     assert rates(tmp_path / "out") == pytest.approx([1e-4])
     ended = read_checkpoint(tmp_path / "out" / "checkpoint.pth")["optimizer"]
@@ -129,6 +129,7 @@ def test_other_rates_take_no_effect_and_that_is_said(plain: list[str], tmp_path:
         (["--override_resumed_lr_drop", "--lr_drop", "1"], [1e-3, 1e-4, 1e-5]),
         (["--override_resumed_lr_drop", "--multi_step_lr", "--lr_drop_list", "2"], [1e-3, 1e-3]),
         (["--drop_lr_now"], [1e-3, 1e-4, 1e-4]),
+        (["--drop_lr_now", "--override_resumed_lr_drop", "--lr_drop", "2"], [1e-3, 1e-4, 1e-5]),
     ],
 )
 def test_a_resumed_schedule_can_be_changed(

@@ -127,9 +127,9 @@ def build_scheduler(
 
 
 def move_to(scheduler: LRScheduler, position: int) -> None:
-    """Set the rates that a schedule has after so many of its steps."""
+    """Set the learning rates that a schedule has after `position` of its steps."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch is about to forget how to, and has no other way
+        warnings.simplefilter("ignore")  # this argument is deprecated, without a replacement
         scheduler.step(min(position, getattr(scheduler, "total_steps", position)))
 
 
@@ -143,7 +143,7 @@ def load_released_state(
     """
     ours, seen = dict(model.named_parameters(remove_duplicate=False)), set()
     groups: tuple[list, list] = [], []
-    for name in checkpoint["model"]:
+    for name in checkpoint.get("model", ()):
         parameter = ours.get(name.removeprefix("module."))
         if parameter is not None and parameter.requires_grad and parameter not in seen:
             seen.add(parameter)
@@ -154,7 +154,7 @@ def load_released_state(
         return False
     pairs = zip(chain(*numbers), chain(*groups), strict=True)
     found = {p: state["state"][n] for n, p in pairs if n in state["state"]}
-    if any(s["exp_avg"].shape != p.shape for p, s in found.items()):
+    if any("exp_avg" not in s or s["exp_avg"].shape != p.shape for p, s in found.items()):
         return False
     for p, s in found.items():
         moments = {key: s[key].to(p) for key in ("exp_avg", "exp_avg_sq")}
