@@ -639,7 +639,8 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Config:
     known = (*FIELDS, *SELECTION_SWITCHES, *FIXED)
     flags = {k: v for k, v in vars(args).items() if k in known and v is not None}
     for name in FIXED.keys() & flags:
-        flags[name] = (flags[name] or [True])[0] if len(flags[name]) < 2 else flags[name]
+        words = flags[name] or [True]  # a switch
+        flags[name] = words[0] if len(words) == 1 else words
     options = {}
     for pair in args.options:
         name, equals, value = pair.partition("=")
