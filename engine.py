@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from datasets.coco_eval import CocoEvaluator
-from models.matcher import MatchingLog
+from models.nested_tensor import NestedTensor
 from run import Run
 from util.distributed import (
     by_first,
@@ -22,7 +22,7 @@ from util.distributed import (
     world_size,
 )
 from util.logging import Averages, Progress, peak_memory_mb
-from util.nested_tensor import NestedTensor
+from util.matching_log import MatchingLog
 
 logger = logging.getLogger(__name__)
 

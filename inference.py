@@ -1,100 +1,36 @@
 """Pictures in; drawn pictures and COCO JSON out: `python inference.py --help`.
 
-In a notebook, with `read_image` of datasets.coco and `draw_boxes` of util.visualize:
+In a notebook, with `load_detector` of models, `read_image` of datasets.coco and `draw_boxes` of
+util.visualize:
 
-    detector, image = load_detector("outputs/run/checkpoint.pth"), read_image("street.jpg")
-    (result,) = detector.detect([image])
-    draw_boxes(image, **result, names=detector.class_map.names)
+    predictor, image = load_detector("outputs/run/checkpoint.pth"), read_image("street.jpg")
+    (result,) = predictor.predict([image])
+    draw_boxes(image, **result, names=predictor.class_map.names)
 """
 
 import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torchvision import tv_tensors
-from torchvision.ops import box_convert, clip_boxes_to_image
+from torchvision.ops import box_convert
 from tqdm import trange
 
-from datasets.coco import ClassMap, CocoDetection, build_dataset, read_image
-from datasets.transforms import eval_transforms
-from models import build_model
-from util.checkpoint import load_weights, num_classes_of, read_checkpoint
-from util.config import CONFIG_DIR, MODELS, Config, Parser, load_config
+from datasets.coco import CocoDetection, build_dataset, read_image
+from models.class_map import ClassMap
+from models.errors import UserError
+from models.predictor import Predictor, load_detector
+from models.registry import MODELS
+from util.config import CONFIG_DIR, Config, Parser, load_config
 from util.distributed import choose_device
-from util.errors import UserError
+from util.download import local_file
 from util.logging import setup_logging
 from util.visualize import draw_boxes, side_by_side
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-
-
-@dataclass
-class Detector:
-    """A trained model and what it takes to use it; `load_detector` makes one.
-
-    `nameless`: the checkpoint has no class map, so a label is taken for its category id.
-    """
-
-    model: nn.Module
-    postprocess: nn.Module
-    cfg: Config
-    class_map: ClassMap
-    nameless: bool
-
-    @torch.no_grad()
-    def detect(self, images: Sequence[Tensor], threshold: float = 0.3) -> list[dict[str, Tensor]]:
-        """What is on images, (3, H_i, W_i) uint8 RGB, which go through the model as one batch.
-
-        Returns for each image, on the CPU, "scores" (k,), at least `threshold` and best first,
-        "labels" (k,), and "boxes" (k, 4) xyxy in pixels of that image, clipped to it.
-        """
-        transform = eval_transforms(self.cfg.data_aug_scales, self.cfg.data_aug_max_size)
-        device = next(self.model.parameters()).device
-        outputs = self.model([transform(tv_tensors.Image(image)).to(device) for image in images])
-        sizes = torch.tensor([image.shape[-2:] for image in images])
-        results = self.postprocess(outputs, sizes.to(device))
-        for i, size in enumerate(sizes.tolist()):
-            found = {key: value.cpu() for key, value in results[i].items()}
-            found["boxes"] = clip_boxes_to_image(found["boxes"], size)
-            known = torch.isin(found["labels"], torch.tensor(list(self.class_map.ids)))
-            keep = known & (found["scores"] >= threshold)
-            results[i] = {key: value[keep] for key, value in found.items()}
-        return results
-
-
-def load_detector(
-    path: str | Path,
-    config: str | Path | None = None,
-    device: torch.device | str = "cpu",
-    ema: bool = False,
-) -> Detector:
-    """A detector from a checkpoint. `ema`: take the averaged weights.
-
-    config: a config file in place of the checkpoint's own config, which released ones lack.
-    UserError where the checkpoint cannot be read, or config or weights do not fit.
-    """
-    checkpoint = read_checkpoint(path)
-    if config is None and "config" not in checkpoint:
-        raise UserError(f"{path}: holds no config; name the one it was trained with, by -c or -m")
-    if ema and not checkpoint.get("ema_model"):
-        raise UserError(f"{path}: holds no averaged weights (ema_model); leave out --ema")
-    cfg = load_config(config) if config else load_config(overrides=checkpoint["config"])
-    nameless = "class_map" not in checkpoint
-    if nameless:
-        count = num_classes_of(checkpoint) or 1  # without a class head, loading says what is wrong
-        class_map = ClassMap.identity([{"id": i} for i in range(count)], count)
-    else:
-        class_map = ClassMap.from_state_dict(checkpoint["class_map"])
-    cfg = replace(cfg, num_classes=class_map.num_classes)
-    model, _, postprocess = build_model(cfg)
-    load_weights(model, checkpoint["ema_model"] if ema else checkpoint, source=str(path))
-    return Detector(model.to(device).eval(), postprocess, cfg, class_map, nameless)
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:
@@ -118,8 +54,8 @@ def truth_of(dataset: CocoDetection, image_id: int) -> dict:
     return {"boxes": box_convert(boxes, "xywh", "xyxy"), "labels": labels, "crowd": crowd}
 
 
-def run(
-    detector: Detector, paths: Sequence[Path], dataset: CocoDetection | None, args: Namespace
+def detect(
+    predictor: Predictor, paths: Sequence[Path], dataset: CocoDetection | None, args: Namespace
 ) -> None:
     """Detect on images; write each drawn and all of detections.json into `args.output_dir`.
 
@@ -130,14 +66,14 @@ def run(
     if output_dir.resolve() in {path.parent.resolve() for path in paths}:
         raise UserError(f"output_dir: {output_dir} holds the images themselves; name another one")
     output_dir.mkdir(parents=True, exist_ok=True)
-    ids, names = detector.class_map.ids, detector.class_map.names
+    ids, names = predictor.class_map.ids, predictor.class_map.names
     title = f"predictions, score ≥ {threshold:g}"
     unique = len({path.stem for path in paths}) == len(paths)
     images, annotations = [], []
     for start in trange(0, len(paths), args.eval_batch_size, desc="detect", disable=None):
         positions = range(len(paths))[start : start + args.eval_batch_size]
         batch = [dataset[i][0] if dataset else read_image(paths[i]) for i in positions]
-        results = detector.detect(batch, threshold)
+        results = predictor.predict(batch, threshold)
         for i, image, found in zip(positions, batch, results, strict=True):
             if dataset:
                 id_ = dataset.image_ids[i]
@@ -195,18 +131,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         config = args.config_file
         if args.modelname:
-            config = CONFIG_DIR / f"{MODELS[args.modelname]}.py"
+            config = CONFIG_DIR / f"{MODELS[args.modelname].config}.py"
         paths, dataset = find_images(args.images or []), None
-        detector = load_detector(args.resume, config, choose_device(args.device), args.ema)
+        values = vars(load_config(config)) if config else None
+        device = choose_device(args.device)
+        predictor = load_detector(local_file(args.resume), values, device, args.ema)
         if args.coco_path:
-            cfg, class_map = replace(detector.cfg, coco_path=args.coco_path), detector.class_map
-            if detector.nameless:
+            class_map = predictor.class_map
+            if predictor.labels_are_ids:
                 class_map = partial(ClassMap.of_released, num_classes=class_map.num_classes)
-            dataset = build_dataset(cfg, "val", class_map)
-            dataset.transforms = lambda image, target: (image, target)  # `detect` has its own
-            detector.class_map = dataset.class_map
+            dataset = build_dataset(Config(coco_path=args.coco_path), "val", class_map)
+            dataset.transforms = lambda image, target: (image, target)  # `predict` has its own
+            predictor.class_map = dataset.class_map
             paths = [dataset.image_dir / name for name in dataset.file_names[: args.num_images]]
-        run(detector, paths, dataset, args)
+        detect(predictor, paths, dataset, args)
     except (UserError, OSError) as e:  # an OSError, of reading or writing a file, names the file
         print(f"inference.py: error: {e}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from engine import NonFiniteLoss
+from models.errors import UserError
 from trainer import evaluate_only, train
 from util.config import parse_command_line
 from util.distributed import (
@@ -17,7 +18,6 @@ from util.distributed import (
     seed_everything,
     world_size,
 )
-from util.errors import UserError
 from util.logging import setup_logging
 from util.signals import Stopped
 

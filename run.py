@@ -15,22 +15,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from datasets.coco import ClassMap
 from models import build_model
+from models.class_map import ClassMap
+from models.errors import UserError
+from models.weights import load_backbone, num_classes_of
 from util.checkpoint import (
     copy_checkpoint,
     latest_checkpoint,
-    load_backbone,
     load_weights,
-    num_classes_of,
+    read_checkpoint,
     rng_state,
     save_checkpoint,
     set_rng_state,
 )
 from util.config import Config
 from util.distributed import by_first, gather, rank, seed_everything, world_size
+from util.download import local_file
 from util.ema import ModelEma
-from util.errors import UserError
 from util.logging import Averages
 from util.optim import build_optimizer, build_scheduler, load_released_state, move_to
 
@@ -197,11 +198,12 @@ class Run:
             self.load(checkpoint, source)
             return self.resume(checkpoint, source)
         if path := cfg.pretrain_model_path:
-            report = load_weights(self.model, path, strict=False, ignore=cfg.finetune_ignore)
+            weights, ignore = read_checkpoint(path), cfg.finetune_ignore
+            report = load_weights(self.model, weights, strict=False, ignore=ignore, source=path)
             logger.info("%s:\n%s", path, report)
         elif cfg.pretrained_backbone:
-            name, path, directory = cfg.backbone, cfg.backbone_weights, cfg.backbone_dir
-            load_backbone(self.model.backbone[0], name, path, directory)
+            path = cfg.backbone_weights and str(local_file(cfg.backbone_weights))
+            load_backbone(self.model.backbone[0], cfg.backbone, path, cfg.backbone_dir)
         if cfg.drop_lr_now or cfg.override_resumed_lr_drop:
             logger.info("drop_lr_now, override_resumed_lr_drop: nothing is resumed, no effect")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import submitit
 
+from models.errors import UserError
 from util.config import Parser, parse_command_line
-from util.errors import UserError
 
 ROOT = str(Path(__file__).resolve().parent)
 SLURM_OPTIONS = ("partition", "comment", "qos", "account", "constraint")  # passed on as they are

@@ -18,7 +18,7 @@ from datasets.coco import CocoDetection, build_dataset
 from datasets.coco_eval import CocoEvaluator
 from datasets.loader import build_loader
 from engine import NonFiniteLoss, evaluate, train_one_epoch
-from models.matcher import MatchingLog
+from models.errors import UserError
 from run import (
     Run,
     claimed,
@@ -31,8 +31,8 @@ from run import (
 from util.checkpoint import read_checkpoint
 from util.config import Config
 from util.distributed import by_first, rank, take_from_first, world_size
-from util.errors import UserError
 from util.logging import Averages, RunLog
+from util.matching_log import MatchingLog
 from util.signals import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from datasets.coco import ClassMap
+from models.class_map import ClassMap
 from run import Run
 from util.checkpoint import read_checkpoint, save_checkpoint
 from util.config import load_config

@@ -7,9 +7,9 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from datasets.coco import CocoDetection, collate
+from models.errors import UserError
 from util.config import Config
 from util.distributed import rank, world_size
-from util.errors import UserError
 
 
 class EpochBatches(Sampler[list[int]]):

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from util.errors import UserError
+from models.errors import UserError
 
 # Ids with gaps, as in COCO: code that takes an id for an index fails here too.
 CATEGORIES = {3: "circle", 7: "square", 12: "triangle", 25: "star", 44: "ring", 81: "cross"}

@@ -18,21 +18,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from util.errors import UserError
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def resized_size(height: int, width: int, size: int, max_size: int | None = None) -> list[int]:
-    """[height, width] with the shorter side resized to `size`, but the longer at most `max_size`.
-
-    Rounding is as published; torchvision's own rule differs by a pixel here and there.
-    """
-    short, long = min(height, width), max(height, width)
-    if max_size is not None and long / short * size > max_size:
-        size = max(round(max_size * short / long), 1)
-    return [size if side == short else int(size * side / short) for side in (height, width)]
+from models.errors import UserError
+from models.preprocess import normalize, resized_size
 
 
 class ResizeShortestSide(v2.Transform):
@@ -87,9 +74,7 @@ class ToModelInput(v2.Transform):
             height, width = inpt.canvas_size
             boxes = F.convert_bounding_box_format(inpt, new_format="CXCYWH").as_subclass(Tensor)
             return boxes / boxes.new_tensor([width, height, width, height])
-        # Contiguous first: arithmetic on channels-last floats is several times slower.
-        image = F.to_dtype(inpt.as_subclass(Tensor).contiguous(), torch.float32, scale=True)
-        return F.normalize(image, IMAGENET_MEAN, IMAGENET_STD, inplace=True)
+        return normalize(inpt.as_subclass(Tensor))
 
 
 def train_transforms(

@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops import MSDeformAttn
-from util.config import Config
+from .deformable_attention import MSDeformAttn
+from .options import ModelOptions
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "prelu": nn.PReLU}
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them; `hidden_dim` wide inside."""
+    """Linear layers with ReLU between them; `hidden_dim` is the width of the hidden layers."""
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
         super().__init__()
@@ -25,28 +25,28 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention over queries, keys and values that are projected already; projects the output."""
+    """Attention over already projected queries, keys and values, and the output projection."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, options: ModelOptions):
         super().__init__()
-        self.num_heads, self.dropout = cfg.nheads, cfg.dropout
-        self.out_proj = nn.Linear(cfg.hidden_dim, cfg.hidden_dim)
+        self.num_heads, self.dropout = options.nheads, options.dropout
+        self.out_proj = nn.Linear(options.hidden_dim, options.hidden_dim)
         nn.init.zeros_(self.out_proj.bias)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, N, heads * d) -> (B, heads, N, d)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None) -> Tensor:
         """query (B, Q, E), key (B, K, E), value (B, K, D) -> (B, Q, D).
 
-        `allowed`: bool, broadcasts to (B, heads, Q, K); True where a query may see a key.
+        `blocked`: bool, broadcasts to (B, heads, Q, K); True where a query must not see a key.
         """
         out = F.scaled_dot_product_attention(
             self.split_heads(query),
             self.split_heads(key),
             self.split_heads(value),
-            attn_mask=allowed,
+            attn_mask=None if blocked is None else ~blocked,  # True = visible, in this function
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -55,16 +55,16 @@ class Attention(nn.Module):
 class MultiheadAttention(Attention):
     """Attention with its input projections; parameters are named as in `nn.MultiheadAttention`."""
 
-    def __init__(self, cfg: Config):
-        super().__init__(cfg)
-        dim = cfg.hidden_dim
+    def __init__(self, options: ModelOptions):
+        super().__init__(options)
+        dim = options.hidden_dim
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
-        """As `Attention.forward`, all inputs (B, N, D). Pass the same tensor as query and key and
-        both are projected at once."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None) -> Tensor:
+        """As `Attention.forward`, all inputs (B, N, D). If query and key are the same tensor, they
+        are projected in one product."""
         dim = value.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if query is key:
@@ -73,32 +73,34 @@ class MultiheadAttention(Attention):
             query = F.linear(query, weight[:dim], bias[:dim])
             key = F.linear(key, weight[dim : 2 * dim], bias[dim : 2 * dim])
         value = F.linear(value, weight[2 * dim :], bias[2 * dim :])
-        return super().forward(query, key, value, allowed)
+        return super().forward(query, key, value, blocked)
 
 
 class FeedForward(nn.Module):
-    """Mix-in of the residual feed-forward block; subclasses own the final norm, as released."""
+    """Base of transformer layers: the feed-forward block. The norm after it belongs to the
+    subclass, as in the released models."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, options: ModelOptions):
         super().__init__()
-        self.linear1 = nn.Linear(cfg.hidden_dim, cfg.dim_feedforward)
-        self.linear2 = nn.Linear(cfg.dim_feedforward, cfg.hidden_dim)
-        self.activation = ACTIVATIONS[cfg.transformer_activation]()
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.linear1 = nn.Linear(options.hidden_dim, options.dim_feedforward)
+        self.linear2 = nn.Linear(options.dim_feedforward, options.hidden_dim)
+        self.activation = ACTIVATIONS[options.transformer_activation]()
+        self.dropout = nn.Dropout(options.dropout)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
 
 
 def xavier_matrices(module: nn.Module) -> None:
-    """Xavier for every matrix inside `module`, embeddings included."""
+    """Xavier initialisation of every matrix inside `module`, embeddings included."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
 
 
 def init_transformer(module: nn.Module) -> None:
-    """Xavier for every matrix inside `module`, but deformable attention's own initial values."""
+    """Xavier initialisation of every matrix inside `module`, except that deformable attention keeps
+    its own initial values."""
     xavier_matrices(module)
     for part in module.modules():
         if isinstance(part, MSDeformAttn):

@@ -1,98 +1,136 @@
-"""The losses of every decoder layer, and of the denoising part where there is one."""
+"""The losses of all decoder layers, of the tokens that queries are selected from, of denoising."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss
 
-from .dn_components import box_losses, by_layer, compute_dn_loss
+from .detector import LayerOutputs, Outputs
+from .dn_components import Assignment, LossTerm, by_layer, denoising_losses
 from .matcher import HungarianMatcher
+from .options import LossOptions
 
-TERMS = ("loss_ce", "loss_bbox", "loss_giou")
+Targets = Sequence[dict[str, Tensor]]
 
 
 class SetCriterion(nn.Module):
-    """Focal, L1 and GIoU loss after Hungarian matching, for all decoder layers at once.
+    """The loss terms after Hungarian matching, for all decoder layers at once.
 
-    `dn_num_boxes` is "mean" where the denoising losses are divided like the others, and "process"
-    where they are by the objects of this process alone.
-
-    `weight_dict` names the losses that are trained, with their weights: `loss_ce`, `loss_bbox`,
-    `loss_giou` for the last layer, `_0`, `_1`, ... for those before it, `_dn` for denoising,
-    `_interm` or `_enc` for the encoder's tokens that queries are selected from.
+    Args:
+        terms: what is computed; every term says which parts it applies to.
+        weight_dict: {loss name: weight} of the losses that are trained: a term's name for the last
+            decoder layer, with `_0`, `_1`, ... for those before it, `_dn` for denoising, `_interm`
+            or `_enc` for the encoder's tokens that queries are selected from.
+        dn_num_boxes: "mean" divides the denoising losses like the others, "process" by the objects
+            of this process alone.
     """
 
     def __init__(
         self,
         matcher: HungarianMatcher,
+        terms: Sequence[LossTerm],
         weight_dict: dict[str, float],
-        focal_alpha: float,
         dn_num_boxes: str = "process",
     ):
         super().__init__()
-        self.matcher, self.weight_dict, self.focal_alpha = matcher, weight_dict, focal_alpha
+        self.matcher, self.terms, self.weight_dict = matcher, list(terms), weight_dict
         self.dn_num_boxes = dn_num_boxes
 
     def forward(
-        self,
-        outputs: dict,
-        targets: Sequence[dict[str, Tensor]],
-        num_boxes: Tensor | float | None = None,
+        self, outputs: Outputs, targets: Targets, num_boxes: float | None = None
     ) -> dict[str, Tensor]:
-        """What the detector returned and its targets -> {loss name: scalar}, not yet weighted.
+        """The detector's outputs and its targets -> {loss name: scalar}, not yet weighted.
 
-        `num_boxes` is what the losses are divided by, those of denoising, with "mean", by so many
-        in every group; by default the number of target boxes, at least 1. Processes that train
-        together pass its mean over all of them.
-        Beside the losses there are `class_error`, the matched queries whose best class is wrong
-        (%), and `cardinality_error`, how far the number of confident queries is from the
-        number of objects, both of the last layer, and the `dn_groups` and `dn_queries` of the
-        step; all for reading only.
+        Losses are divided by `num_boxes`, by default the number of target boxes, at least 1;
+        denoising losses, with "mean", by num_boxes x groups. Processes that train together pass the
+        mean over all of them.
+        Besides the losses there are, for reading only, `class_error` (% of the matched queries
+        whose best class is wrong) and `cardinality_error` (difference between the number of
+        confident queries and the number of objects) of the last layer, and the `dn_groups` and
+        `dn_queries` of the step.
         """
-        losses = self.matching_losses([*outputs["aux_outputs"], outputs], targets, num_boxes)
-        if "interm_outputs" in outputs:  # DINO's selected tokens, as one more layer
-            selected = self.matching_losses([outputs["interm_outputs"]], targets, num_boxes)
-            losses |= {f"{name}_interm": selected[name] for name in TERMS}
-        if "enc_outputs" in outputs:  # all tokens, told apart only from background
+        if num_boxes is None:
+            num_boxes = max(sum(len(t["labels"]) for t in targets), 1)
+        layers = self.assign([*outputs["aux_outputs"], outputs], targets)
+        losses = self.losses(layers, "decoder", num_boxes) | reading_figures(layers, targets)
+        if "interm_outputs" in outputs:  # the selected tokens are trained as one more layer
+            tokens = self.assign([outputs["interm_outputs"]], targets)
+            losses |= self.losses(tokens, "tokens", num_boxes, "_interm")
+        if "enc_outputs" in outputs:  # all tokens learn to tell objects, class 0, from background
             objects = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
-            tokens = self.matching_losses([outputs["enc_outputs"]], objects, num_boxes)
-            losses |= {f"{name}_enc": tokens[name] for name in TERMS}
+            tokens = self.assign([outputs["enc_outputs"]], objects)
+            losses |= self.losses(tokens, "tokens", num_boxes, "_enc")
         if dn := outputs.get("dn"):
             sizes = {"dn_groups": dn.num_groups, "dn_queries": dn.num_queries}
             losses |= {k: torch.full_like(losses["loss_ce"], n) for k, n in sizes.items()}
-        dn_boxes = num_boxes if self.dn_num_boxes == "mean" else None
-        return losses | compute_dn_loss(dn, self.focal_alpha, dn_boxes)
+            dn_boxes = num_boxes if self.dn_num_boxes == "mean" else None
+            losses |= denoising_losses(dn, self.terms, dn_boxes)
+        return losses
 
-    def matching_losses(
-        self,
-        layers: Sequence[dict[str, Tensor]],
-        targets: Sequence[dict[str, Tensor]],
-        num_boxes: Tensor | float | None,
-    ) -> dict[str, Tensor]:
+    def assign(self, layers: Sequence[LayerOutputs], targets: Targets) -> Assignment:
+        """The assignment of every layer's queries to the targets that costs least."""
         logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
         boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()
         query = self.matcher(logits, boxes, targets)  # (L, N)
-        counts = [len(t["labels"]) for t in targets]
-        labels = torch.cat([t["labels"] for t in targets])
-        target_boxes = torch.cat([t["boxes"] for t in targets]).float()
-        if num_boxes is None:
-            num_boxes = max(len(labels), 1)
+        counts = torch.tensor([len(t["labels"]) for t in targets])
+        image = torch.arange(len(targets)).repeat_interleave(counts).to(query.device)
+        where = image, query.clamp(min=0)
+        return Assignment(
+            to_label=where,
+            labels=torch.cat([t["labels"] for t in targets]),
+            to_box=where,
+            boxes=torch.cat([t["boxes"] for t in targets]),
+            found=(query >= 0).float(),
+            pred_logits=logits,
+            pred_boxes=boxes,
+        )
 
-        image = torch.arange(len(targets)).repeat_interleave(torch.tensor(counts)).to(query.device)
-        layer = torch.arange(len(logits), device=query.device)[:, None]
-        matched = (query >= 0).float()
-        query = query.clamp(min=0)
-        onehot = torch.zeros_like(logits)
-        onehot.index_put_((layer, image, query, labels), matched, accumulate=True)
-        loss_ce = sigmoid_focal_loss(logits, onehot, self.focal_alpha)
-        loss_bbox, loss_giou = box_losses(boxes[layer, image, query], target_boxes)
-        sums = loss_ce.sum((1, 2, 3)), (loss_bbox * matched).sum(1), (loss_giou * matched).sum(1)
-        losses = by_layer({k: total / num_boxes for k, total in zip(TERMS, sums, strict=True)})
-        with torch.no_grad():
-            hit = logits[-1, image, query[-1]].argmax(-1) == labels
-            losses["class_error"] = 100 - 100 * hit.float().sum() / max(len(labels), 1)
-            confident = (logits[-1].sigmoid().amax(-1) > 0.5).sum(1)
-            excess = confident - torch.tensor(counts).to(confident)
-            losses["cardinality_error"] = excess.abs().float().mean()
-        return losses
+    def losses(
+        self, assignment: Assignment, part: str, num_boxes: float, suffix: str = ""
+    ) -> dict[str, Tensor]:
+        """{loss name: scalar} of the terms that apply to `part`."""
+        terms = [term for term in self.terms if part in term.parts]
+        return by_layer({term.name + suffix: term(assignment) / num_boxes for term in terms})
+
+
+@torch.no_grad()
+def reading_figures(assignment: Assignment, targets: Targets) -> dict[str, Tensor]:
+    """`class_error` and `cardinality_error`; see `SetCriterion`."""
+    logits, labels = assignment.pred_logits[-1], assignment.labels
+    image, query = assignment.to_label
+    hit = logits[image, query[-1]].argmax(-1) == labels
+    confident = (logits.sigmoid().amax(-1) > 0.5).sum(1)
+    excess = confident - torch.tensor([len(t["labels"]) for t in targets]).to(confident)
+    return {
+        "class_error": 100 - 100 * hit.float().sum() / max(len(labels), 1),
+        "cardinality_error": excess.abs().float().mean(),
+    }
+
+
+def loss_weights(
+    options: LossOptions,
+    terms: Sequence[LossTerm],
+    num_layers: int,
+    with_denoising: bool,
+    token_suffix: str,
+) -> dict[str, float]:
+    """{loss name: weight}, `SetCriterion.weight_dict`, for a decoder of `num_layers` layers.
+
+    Without `aux_loss` the layers before the last have weight 0 instead of no loss, so that their
+    own heads have a gradient, which DDP waits for. `token_suffix` is "" where no tokens are
+    selected.
+    """
+    weight = {term.name: getattr(options, term.weight_option) for term in terms}
+    of_part = lambda part: {t.name: weight[t.name] for t in terms if part in t.parts}
+    layers = of_part("decoder")
+    if with_denoising:
+        layers |= {f"{name}_dn": w for name, w in of_part("denoising").items()}
+    weights = dict(layers)
+    for i in range(num_layers - 1):
+        weights |= {f"{name}_{i}": w if options.aux_loss else 0.0 for name, w in layers.items()}
+    if token_suffix:
+        for name, w in of_part("tokens").items():
+            is_dropped = options.no_interm_box_loss and name != "loss_ce"
+            coefficient = 0.0 if is_dropped else w * options.interm_loss_coef
+            weights[f"{name}{token_suffix}"] = coefficient
+    return weights

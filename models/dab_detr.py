@@ -1,64 +1,95 @@
-"""DAB-DETR (Liu et al. 2022) and DN-DETR (Li et al. 2022) on one feature level, dense attention."""
+"""DAB-DETR (Liu et al. 2022) and DN-DETR (Li et al. 2022): one feature level, dense attention."""
 
 from torch import Tensor, nn
 
-from util.config import Config
-from util.nested_tensor import NestedTensor
-
-from .detector import Detector, box_head, class_head, spread_centres
+from .backbones import Backbone
+from .detector import Detector, Encoded, Queries
 from .dn_components import with_indicator
+from .errors import UserError
+from .heads import box_head, class_head, spread_centres
+from .nested_tensor import NestedTensor
+from .options import DetectorOptions
 from .position_encoding import SinePositionEncoding
-from .transformer import Decoder, Encoder, Transformer
+from .transformer import Decoded, Decoder, Encoder, Tokens, Transformer
 
 
 class DABDETR(Detector):
-    """Anchors as queries, refined layer by layer; DN-DETR's content comes from `label_enc`."""
+    """Learned anchors as queries, refined layer by layer; the content starts at zero."""
 
-    def __init__(self, cfg: Config, backbone: nn.Module):
-        super().__init__(cfg)
-        dim = cfg.hidden_dim
-        input_proj, self.transformer = self.make_transformer(cfg, backbone.num_channels)
-        if cfg.num_patterns:
-            self.transformer.patterns = nn.Embedding(cfg.num_patterns, dim)
-        self.class_embed = class_head(cfg)
-        self.bbox_embed = box_head(cfg)
+    @classmethod
+    def check(cls, options: DetectorOptions) -> None:
+        super().check(options)
+        if options.query_selection != "static" or options.look_forward_twice:
+            name = options.modelname
+            raise UserError(f"query_selection, look_forward_twice: {name} has neither; use dino")
+
+    def __init__(self, options: DetectorOptions, backbone: Backbone):
+        super().__init__(options)
+        input_proj, self.transformer = self.make_transformer(options, backbone.num_channels)
+        if options.num_patterns:
+            self.transformer.patterns = nn.Embedding(options.num_patterns, options.hidden_dim)
+        self.class_embed = class_head(options)
+        self.bbox_embed = box_head(options)
         self.transformer.decoder.bbox_embed = self.bbox_embed
-        self.refpoint_embed = nn.Embedding(cfg.num_queries, 4)
-        if cfg.random_refpoints_xy:
+        self.refpoint_embed = nn.Embedding(options.num_queries, 4)
+        if options.random_refpoints_xy:
             spread_centres(self.refpoint_embed)
         self.input_proj = input_proj
-        self.backbone = nn.ModuleList([backbone, SinePositionEncoding(cfg)])
-        has_denoising = cfg.modelname.startswith("dn_")
-        self.label_enc = nn.Embedding(cfg.num_classes + 1, dim - 1) if has_denoising else None
-        self.hidden_dim, self.num_patterns = dim, cfg.num_patterns
+        self.backbone = nn.ModuleList([backbone, SinePositionEncoding(options)])
+        self.hidden_dim, self.num_patterns = options.hidden_dim, options.num_patterns
 
-    def make_transformer(self, cfg: Config, channels: list[int]) -> tuple[nn.Module, nn.Module]:
-        """What brings the backbone's `channels` to the width of the transformer, and that."""
-        input_proj = nn.Conv2d(channels[-1], cfg.hidden_dim, kernel_size=1)
-        return input_proj, Transformer(Encoder(cfg), Decoder(cfg))
+    def make_transformer(
+        self, options: DetectorOptions, num_channels: list[int]
+    ) -> tuple[nn.Module, Transformer]:
+        """The projection of the backbone's channels to the transformer's width, and that."""
+        input_proj = nn.Conv2d(num_channels[-1], options.hidden_dim, kernel_size=1)
+        return input_proj, Transformer(Encoder(options), Decoder(options))
 
-    def encode(self, images: NestedTensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images -> memory and position encoding (B, S, D), and (B, 1, 1, S), False on padding."""
-        features = self.backbone[0](images)[-1]
-        pos = self.backbone[1](features.mask).flatten(1, 2)
-        pixels = self.input_proj(features.tensors).flatten(2).transpose(1, 2)
-        pos = pos.to(pixels.dtype)
-        allowed = ~features.mask.flatten(1)[:, None, None, :]
-        return self.transformer.encoder(pixels, pos, allowed), pos, allowed
+    def encode(self, images: NestedTensor) -> Encoded:
+        features = self.backbone[0](images)
+        last = features[-1]
+        pos = self.backbone[1](last.mask).flatten(1, 2)
+        content = self.input_proj(last.tensors).flatten(2).transpose(1, 2)
+        tokens = Tokens(content, pos.to(content.dtype), last.mask.flatten(1))
+        return Encoded(features, self.transformer.encoder(tokens), tokens)
 
-    def queries(self, batch_size: int, *encoded) -> tuple[Tensor, Tensor, dict]:
-        """As in `Detector`; with P patterns the anchors stand P times in a row, each time with
-        another content."""
+    def initial_content(self) -> Tensor:
+        """The queries' content (1, D) before patterns are added."""
+        return self.refpoint_embed.weight.new_zeros(1, self.hidden_dim)
+
+    def queries(self, encoded: Encoded) -> Queries:
+        """With P patterns, the anchors are repeated P times, each time with another content."""
+        num_anchors = len(self.refpoint_embed.weight)
         anchors = self.refpoint_embed.weight.repeat(max(self.num_patterns, 1), 1)
-        if self.label_enc is None:
-            content = anchors.new_zeros(len(anchors), self.hidden_dim)
-        else:
-            content = with_indicator(self.label_enc.weight[-1:], self.hidden_dim, 0.0)
-            content = content.expand(len(anchors), -1)
+        content = self.initial_content().expand(len(anchors), -1)
         if self.num_patterns:
             patterns = self.transformer.patterns.weight
-            content = content + patterns.repeat_interleave(len(self.refpoint_embed.weight), dim=0)
-        return content.expand(batch_size, -1, -1), anchors.expand(batch_size, -1, -1), {}
+            content = content + patterns.repeat_interleave(num_anchors, dim=0)
+        batch_size = len(encoded.memory)
+        return Queries(
+            content.expand(batch_size, -1, -1), anchors.expand(batch_size, -1, -1), outputs={}
+        )
+
+    def decode(
+        self, content: Tensor, anchors: Tensor, blocked: Tensor | None, encoded: Encoded
+    ) -> Decoded:
+        tokens = encoded.tokens
+        memory = encoded.memory, tokens.pos, tokens.mask[:, None, None]
+        return self.transformer.decoder(content, anchors, blocked, *memory)
 
     def classify(self, states: Tensor) -> Tensor:
         return self.class_embed(states)
+
+
+class DNDETR(DABDETR):
+    """DAB-DETR with denoising. The content of all queries is a label embedding and the indicator
+    that tells denoising queries; `label_enc`'s last row is that of matching queries."""
+
+    has_denoising = True
+
+    def __init__(self, options: DetectorOptions, backbone: Backbone):
+        super().__init__(options, backbone)
+        self.label_enc = nn.Embedding(options.num_classes + 1, options.hidden_dim - 1)
+
+    def initial_content(self) -> Tensor:
+        return with_indicator(self.label_enc.weight[-1:], self.hidden_dim, 0.0)

@@ -10,21 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ops import MSDeformAttn
-from util.config import Config
-
 from .attention import MLP, FeedForward, MultiheadAttention, init_transformer
+from .deformable_attention import MSDeformAttn
 from .dn_components import inverse_sigmoid
+from .options import ModelOptions
 from .position_encoding import anchor_embedding
+from .transformer import Decoded
 
 
 @dataclass
-class Tokens:
-    """The pixels of all feature levels, one level after another: S in all.
+class LevelTokens:
+    """The pixels of L feature levels, one level after another: S in all.
 
-    content, pos: (B, S, D); mask: (B, S), True on padding; sizes: (height, width) of each of L
-    levels, spatial_shapes: (L, 2) the same as a tensor; level_start_index: (L,); valid_ratios:
-    (B, L, 2), the part of a level's width and height that is not padding.
+    content, pos: (B, S, D); mask: (B, S), True on padding; sizes: (height, width) of each level,
+    spatial_shapes: (L, 2) the same as a tensor; level_start_index: (L,); valid_ratios: (B, L, 2),
+    the part of a level's width and height that is not padding.
     """
 
     content: Tensor
@@ -42,7 +42,7 @@ class Tokens:
         masks: Sequence[Tensor],
         positions: Sequence[Tensor],
         level_embed: Tensor,
-    ) -> Tokens:
+    ) -> LevelTokens:
         """features (B, D, H, W), masks (B, H, W), positions (B, H, W, D), level_embed (L, D)."""
         sizes = [tuple(mask.shape[1:]) for mask in masks]
         shapes = torch.tensor(sizes)
@@ -62,7 +62,7 @@ class Tokens:
         """The last arguments of MSDeformAttn."""
         return self.spatial_shapes, self.level_start_index, self.mask
 
-    def places(self) -> Tensor:
+    def locations(self) -> Tensor:
         """(B, S, 2): where each token is, (x, y) in fractions of its image without padding."""
         centres = []  # in pixels of the token's own level
         for height, width in self.sizes:
@@ -79,33 +79,35 @@ class Tokens:
         return of_levels.repeat_interleave(sizes, dim=-2, output_size=self.mask.shape[1])
 
 
-def deformable_attention(cfg: Config, num_points: int) -> MSDeformAttn:
-    return MSDeformAttn(cfg.hidden_dim, cfg.num_feature_levels, cfg.nheads, num_points)
+def deformable_attention(options: ModelOptions, num_points: int) -> MSDeformAttn:
+    return MSDeformAttn(options.hidden_dim, options.num_feature_levels, options.nheads, num_points)
 
 
 class DeformableEncoderLayer(FeedForward):
-    def __init__(self, cfg: Config):
-        super().__init__(cfg)
-        self.self_attn = deformable_attention(cfg, cfg.enc_n_points)
-        self.norm1 = nn.LayerNorm(cfg.hidden_dim)
-        self.norm2 = nn.LayerNorm(cfg.hidden_dim)
+    def __init__(self, options: ModelOptions):
+        super().__init__(options)
+        self.self_attn = deformable_attention(options, options.enc_n_points)
+        self.norm1 = nn.LayerNorm(options.hidden_dim)
+        self.norm2 = nn.LayerNorm(options.hidden_dim)
 
-    def forward(self, x: Tensor, reference_points: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x: Tensor, reference_points: Tensor, tokens: LevelTokens) -> Tensor:
         attended = self.self_attn(x + tokens.pos, reference_points, x, *tokens.levels)
         x = self.norm1(x + self.dropout(attended))
         return self.norm2(x + self.feed_forward(x))
 
 
 class DeformableEncoder(nn.Module):
-    """Every pixel looks around its own place on all levels."""
+    """Every pixel samples around its own location on all levels."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, options: ModelOptions):
         super().__init__()
-        self.layers = nn.ModuleList(DeformableEncoderLayer(cfg) for _ in range(cfg.enc_layers))
+        self.layers = nn.ModuleList(
+            DeformableEncoderLayer(options) for _ in range(options.enc_layers)
+        )
 
-    def forward(self, tokens: Tokens) -> Tensor:
+    def forward(self, tokens: LevelTokens) -> Tensor:
         """-> memory (B, S, D)."""
-        reference_points = tokens.places()[:, :, None] * tokens.valid_ratios[:, None]
+        reference_points = tokens.locations()[:, :, None] * tokens.valid_ratios[:, None]
         x = tokens.content
         for layer in self.layers:
             x = layer(x, reference_points, tokens)
@@ -115,28 +117,28 @@ class DeformableEncoder(nn.Module):
 class DeformableDecoderLayer(FeedForward):
     """Self-attention among queries, deformable attention to the memory, feed-forward.
 
-    The norms bear the released numbers, not those of their order: 2, 1, 3.
+    The norms have their released numbers, which are not those of their order: 2, 1, 3.
     """
 
-    def __init__(self, cfg: Config):
-        super().__init__(cfg)
-        self.self_attn = MultiheadAttention(cfg)
-        self.cross_attn = deformable_attention(cfg, cfg.dec_n_points)
-        self.norm1 = nn.LayerNorm(cfg.hidden_dim)
-        self.norm2 = nn.LayerNorm(cfg.hidden_dim)
-        self.norm3 = nn.LayerNorm(cfg.hidden_dim)
+    def __init__(self, options: ModelOptions):
+        super().__init__(options)
+        self.self_attn = MultiheadAttention(options)
+        self.cross_attn = deformable_attention(options, options.dec_n_points)
+        self.norm1 = nn.LayerNorm(options.hidden_dim)
+        self.norm2 = nn.LayerNorm(options.hidden_dim)
+        self.norm3 = nn.LayerNorm(options.hidden_dim)
 
     def forward(
         self,
         x: Tensor,
         query_pos: Tensor,
         boxes: Tensor,
-        attn_allowed: Tensor | None,
+        self_blocked: Tensor | None,
         memory: Tensor,
-        tokens: Tokens,
+        tokens: LevelTokens,
     ) -> Tensor:
         located = x + query_pos
-        attended = self.self_attn(located, located, x, attn_allowed)
+        attended = self.self_attn(located, located, x, self_blocked)
         x = self.norm2(x + self.dropout(attended))
         attended = self.cross_attn(x + query_pos, boxes, memory, *tokens.levels)
         x = self.norm1(x + self.dropout(attended))
@@ -146,33 +148,35 @@ class DeformableDecoderLayer(FeedForward):
 class DeformableDecoder(nn.Module):
     """Refines anchors layer by layer; `bbox_embed`, set by the detector, has a head for each layer.
 
-    In DINO layer outputs are normalised once more before the heads; in the others the content
-    scales the positional query from the second layer on. With `look_forward_twice` a layer's box
-    also trains the layer before, whose anchor it refines (DINO, section 3.5).
+    With `final_norm` the heads see normalised states; with `scale_queries` the content scales the
+    positional query from the second layer on. DINO has the former, the others the latter. With
+    `look_forward_twice` the loss of a layer's box also trains the layer before, whose output it
+    refines (DINO, section 3.5).
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, options: ModelOptions, final_norm: bool, scale_queries: bool):
         super().__init__()
-        dim, is_dino = cfg.hidden_dim, cfg.modelname == "dino"
-        self.layers = nn.ModuleList(DeformableDecoderLayer(cfg) for _ in range(cfg.dec_layers))
-        self.norm = nn.LayerNorm(dim) if is_dino else None
+        dim = options.hidden_dim
+        self.layers = nn.ModuleList(
+            DeformableDecoderLayer(options) for _ in range(options.dec_layers)
+        )
+        self.norm = nn.LayerNorm(dim) if final_norm else None
         self.query_scale = None
-        if not is_dino:
-            self.query_scale = MLP(dim, dim, dim, 2).requires_grad_(cfg.dec_layers > 1)
+        if scale_queries:
+            self.query_scale = MLP(dim, dim, dim, 2).requires_grad_(options.dec_layers > 1)
         self.ref_point_head = MLP(2 * dim, dim, dim, 2)
-        self.look_forward_twice = cfg.look_forward_twice
+        self.look_forward_twice = options.look_forward_twice
 
     def forward(
         self,
         content: Tensor,
         anchors: Tensor,
-        attn_allowed: Tensor | None,
+        self_blocked: Tensor | None,
         memory: Tensor,
-        tokens: Tokens,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """content (B, Q, D) and anchors (B, Q, 4) before the sigmoid -> states (N, B, Q, D) of the
-        N layers, the boxes (N, B, Q, 4) that they predict and the anchors (N, B, Q, 4) that they
-        refine, detached, both cxcywh in [0, 1]."""
+        tokens: LevelTokens,
+    ) -> Decoded:
+        """content (B, Q, D), anchors (B, Q, 4) before the sigmoid, self_blocked (N, N), True where
+        self-attention is blocked, memory (B, S, D) -> the layers' outputs."""
         ratios = tokens.valid_ratios.repeat(1, 1, 2)[:, None]  # (B, 1, L, 4)
         x = content
         anchors = previous = anchors.sigmoid()
@@ -182,31 +186,33 @@ class DeformableDecoder(nn.Module):
             query_pos = self.ref_point_head(anchor_embedding(scaled[:, :, 0], x.shape[-1] // 2))
             if self.query_scale is not None and i > 0:
                 query_pos = query_pos * self.query_scale(x)
-            x = layer(x, query_pos, scaled, attn_allowed, memory, tokens)
-            refinement = head(x)
-            states.append(x)
-            if self.norm is not None:
-                states[-1] = self.norm(x)
-            seen = refinement if self.norm is None else head(states[-1])
-            boxes.append((seen + inverse_sigmoid(previous)).sigmoid())
+            x = layer(x, query_pos, scaled, self_blocked, memory, tokens)
+            offset = predicted_offset = head(x)
+            state = x
+            if self.norm is not None:  # the next anchors come from x, the prediction from the norm
+                state = self.norm(x)
+                predicted_offset = head(state)
+            states.append(state)
+            boxes.append((predicted_offset + inverse_sigmoid(previous)).sigmoid())
             refined.append(anchors.detach())
-            following = (refinement + inverse_sigmoid(anchors)).sigmoid()
+            following = (offset + inverse_sigmoid(anchors)).sigmoid()
             anchors = following.detach()
+            # Look forward twice: the next prediction starts from anchors that are not detached.
             previous = following if self.look_forward_twice else anchors
-        return torch.stack(states), torch.stack(boxes), torch.stack(refined)
+        return Decoded(torch.stack(states), torch.stack(boxes), torch.stack(refined))
 
 
 class DeformableTransformer(nn.Module):
-    """Deformable encoder and any decoder; where queries are selected among the encoder's tokens,
-    what projects these, and in mixed selection the content that queries learn."""
+    """Deformable encoder and any decoder. If queries are selected among the encoder's tokens, also
+    the projection of the tokens, and for mixed selection the learned content of the queries."""
 
-    def __init__(self, cfg: Config, encoder: DeformableEncoder, decoder: nn.Module):
+    def __init__(self, options: ModelOptions, encoder: DeformableEncoder, decoder: nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        if cfg.query_selection != "static":
-            self.enc_output = nn.Linear(cfg.hidden_dim, cfg.hidden_dim)
-            self.enc_output_norm = nn.LayerNorm(cfg.hidden_dim)
-        if cfg.query_selection == "mixed":
-            self.tgt_embed = nn.Embedding(cfg.num_queries, cfg.hidden_dim)
+        if options.query_selection != "static":
+            self.enc_output = nn.Linear(options.hidden_dim, options.hidden_dim)
+            self.enc_output_norm = nn.LayerNorm(options.hidden_dim)
+        if options.query_selection == "mixed":
+            self.tgt_embed = nn.Embedding(options.num_queries, options.hidden_dim)
         init_transformer(self)
-        self.level_embed = nn.Parameter(torch.randn(cfg.num_feature_levels, cfg.hidden_dim))
+        self.level_embed = nn.Parameter(torch.randn(options.num_feature_levels, options.hidden_dim))

@@ -1,116 +1,147 @@
-"""What all detectors have in common: their heads, their denoising and their forward pass."""
+"""What all detectors share: the forward pass, its intermediate results, the denoising queries."""
 
-import math
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar, TypedDict
 
-import torch
 from torch import Tensor, nn
 
-from util.config import Config
-from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
-
-from .attention import MLP
-from .dn_components import (
-    dn_post_process,
-    inverse_sigmoid,
-    prepare_for_cdn,
-    prepare_for_cdn_of_dn_detr,
-    prepare_for_dn,
-)
+from .dn_components import Denoising, dn_post_process, prepare_for_cdn, prepare_for_dn
+from .errors import UserError
+from .nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from .options import DetectorOptions
+from .transformer import Decoded
 
 
-def class_head(cfg: Config) -> nn.Linear:
-    """A linear classifier that begins by calling everything background."""
-    head = nn.Linear(cfg.hidden_dim, cfg.num_classes)
-    nn.init.constant_(head.bias, -math.log(99))
-    return head
+@dataclass
+class Encoded:
+    """The images after backbone and encoder.
+
+    features: the backbone's maps (B, C, H, W) and padding masks, finest first; memory: (B, S, D),
+    the encoder's output; tokens: the encoder's input, its positions and mask, as the detector's
+    transformer represents them.
+    """
+
+    features: list[NestedTensor]
+    memory: Tensor
+    tokens: Any
 
 
-def box_head(cfg: Config) -> MLP:
-    """The refinement of an anchor; begins at none."""
-    head = MLP(cfg.hidden_dim, cfg.hidden_dim, 4, 3)
-    nn.init.zeros_(head.layers[-1].weight)
-    nn.init.zeros_(head.layers[-1].bias)
-    return head
+@dataclass
+class Queries:
+    """The decoder's Q queries: content (B, Q, D) and anchors (B, Q, 4) before the sigmoid, or
+    whatever else a detector has as positions, (B, Q, ...); `outputs` are further outputs of the
+    detector, those of selected tokens."""
+
+    content: Tensor
+    anchors: Tensor
+    outputs: dict[str, Any]
 
 
-@torch.no_grad()
-def spread_centres(anchors: nn.Embedding) -> None:
-    """Have learned anchors (Q, 4), which are kept before the sigmoid, begin anywhere in the image.
-    They do train, as in the released code, whose option means to freeze their centres."""
-    anchors.weight[:, :2] = inverse_sigmoid(torch.rand(anchors.num_embeddings, 2))
+class LayerOutputs(TypedDict):
+    """Predictions of a decoder layer, or of the encoder's tokens as queries."""
+
+    pred_logits: Tensor  # (B, Q, C)
+    pred_boxes: Tensor  # (B, Q, 4) cxcywh in [0, 1] of the image without padding
 
 
-def denoising(cfg: Config) -> Callable | None:
-    """What puts denoising queries in front of the others, with its noise set; None without."""
-    if not cfg.use_dn:
-        return None
-    noise = {
-        "label_noise_ratio": cfg.dn_label_noise_ratio,
-        "box_noise_scale": cfg.dn_box_noise_scale,
-    }
-    # DINO's released code doubles the number that it is given.
-    number = 2 * cfg.dn_number if cfg.modelname == "dino" else cfg.dn_number
-    if not cfg.contrastive:
-        return partial(prepare_for_dn, num_groups=number, **noise)
-    if cfg.modelname == "dn_dab_dino_deformable_detr":
-        return partial(prepare_for_cdn_of_dn_detr, num_denoising=number, **noise)
-    noise["num_classes"] = cfg.num_classes  # label_enc may have more rows
-    return partial(prepare_for_cdn, num_denoising=number, **noise)
+class Outputs(LayerOutputs, total=False):
+    """What a detector returns: the last layer's predictions, and more of L layers."""
+
+    aux_outputs: list[LayerOutputs]  # of every layer but the last
+    states: Tensor  # (L, B, Q, D) decoder states, from which the heads predict
+    anchors: Tensor  # (L, B, Q, 4) the boxes that the layers refine, cxcywh in [0, 1]
+    encoded: Encoded
+    interm_outputs: LayerOutputs  # of the selected tokens (DINO)
+    enc_outputs: LayerOutputs  # of all tokens (other models with query selection)
+    dn: Denoising  # the denoising part, in training
 
 
 class Detector(nn.Module):
-    """A DETR whose queries are anchors. Attributes of its subclasses keep the released names, so
-    that released checkpoints load as they are.
-
-    They have `backbone`, the features and their position encoding; `transformer`; `label_enc`,
-    embeddings of the labels that denoising restores, or None; and the methods below.
+    """A DETR. The attributes of its subclasses have the released names, so that released
+    checkpoints load without translation. A subclass implements the four steps of `forward`, and
+    says in the class variables below what it can do.
     """
 
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.prepare_denoising = denoising(cfg)
+    implied: ClassVar[dict[str, Any]] = {}  # options with another default than in `options`
+    has_denoising: ClassVar[bool] = False
+    token_losses: ClassVar[str] = "_enc"  # what loss names of selected tokens end with
 
-    def encode(self, images: NestedTensor) -> tuple:
-        """What the decoder attends to: the last of its arguments, memory (B, S, D) first, or a list
-        of levels of each."""
+    def __init__(self, options: DetectorOptions):
+        super().__init__()
+        self.prepare_denoising = self.make_denoising(options) if options.use_dn else None
+        self.label_enc: nn.Embedding | None = None  # of the labels that denoising restores
+
+    @classmethod
+    def check(cls, options: DetectorOptions) -> None:
+        """Raises UserError for options that this detector does not have."""
+        if options.use_dn and not cls.has_denoising:
+            name = options.modelname
+            raise UserError(f"use_dn: {name} has no denoising part; use -m dn_{name}")
+
+    def make_denoising(self, options: DetectorOptions) -> Callable:
+        """`prepare_for_dn`, or the contrastive `prepare_for_cdn`, with the noise of the options."""
+        noise: dict[str, Any] = {
+            "label_noise_ratio": options.dn_label_noise_ratio,
+            "box_noise_scale": options.dn_box_noise_scale,
+        }
+        if not options.contrastive:
+            return partial(prepare_for_dn, num_groups=options.dn_number, **noise)
+        noise["num_classes"] = options.num_classes  # label_enc may have more rows
+        return partial(prepare_for_cdn, num_denoising=options.dn_number, **noise)
+
+    def encode(self, images: NestedTensor) -> Encoded:
         raise NotImplementedError
 
-    def queries(self, batch_size: int, *encoded) -> tuple[Tensor, Tensor, dict]:
-        """Content (B, Q, D), anchors (B, Q, 4) before the sigmoid, and what else the detector
-        returns, from what `encode` gave."""
+    def queries(self, encoded: Encoded) -> Queries:
+        """The matching queries."""
+        raise NotImplementedError
+
+    def decode(
+        self, content: Tensor, anchors: Tensor, blocked: Tensor | None, encoded: Encoded
+    ) -> Decoded:
+        """`blocked` (N, N) is the self-attention mask of all N queries, True = blocked."""
         raise NotImplementedError
 
     def classify(self, states: Tensor) -> Tensor:
-        """The decoder layers' (L, B, Q, D) -> logits (L, B, Q, C)."""
+        """The decoder layers' states (L, B, N, D) -> logits (L, B, N, C)."""
         raise NotImplementedError
 
     def forward(
         self,
         images: NestedTensor | Sequence[Tensor],
         targets: Sequence[dict[str, Tensor]] | None = None,
-    ) -> dict:
+    ) -> Outputs:
         """Images, normalised, as a batch (B, 3, H, W) with its mask or as a list of (3, H, W).
 
-        Returns "pred_logits" (B, Q, C), "pred_boxes" (B, Q, 4) cxcywh in [0, 1] of the image
-        without padding, "aux_outputs", the same of every layer but the last, and "anchors"
-        (L, B, Q, 4), the boxes that the L layers refine; where queries are selected,
-        "interm_outputs", the same of the selected tokens (DINO), or "enc_outputs", of all tokens.
-        With targets, in training, also "dn", the denoising part.
+        In training, targets, for each image "labels" (n,) and "boxes" (n, 4) cxcywh in [0, 1], add
+        denoising queries, whose predictions are in the output's "dn" and nowhere else.
         """
         if not isinstance(images, NestedTensor):
             images = nested_tensor_from_tensor_list(images)
         encoded = self.encode(images)
-        content, anchors, outputs = self.queries(len(images.mask), *encoded)
-        allowed, dn = None, None
+        queries = self.queries(encoded)
+        content, anchors, blocked, dn = queries.content, queries.anchors, None, None
         if self.training and targets is not None and self.prepare_denoising is not None:
             prepared = self.prepare_denoising(targets, self.label_enc, anchors, content)
             content, anchors, blocked, dn = prepared
-            allowed = None if blocked is None else ~blocked
-        states, boxes, anchors = self.transformer.decoder(content, anchors, allowed, *encoded)
-        logits, boxes = dn_post_process(self.classify(states), boxes, dn)
-        layers = [{"pred_logits": x, "pred_boxes": b} for x, b in zip(logits, boxes, strict=True)]
-        anchors = anchors[:, :, -logits.shape[2] :]
-        outputs |= {**layers[-1], "aux_outputs": layers[:-1], "anchors": anchors}
-        return outputs if dn is None else {**outputs, "dn": dn}
+        decoded = self.decode(content, anchors, blocked, encoded)
+        logits, boxes = dn_post_process(self.classify(decoded.states), decoded.boxes, dn)
+        layers: list[LayerOutputs] = [
+            {"pred_logits": x, "pred_boxes": b} for x, b in zip(logits, boxes, strict=True)
+        ]
+        matching = slice(-logits.shape[2], None)
+        outputs: Outputs = {
+            **queries.outputs,
+            **layers[-1],
+            "aux_outputs": layers[:-1],
+            "states": decoded.states[:, :, matching],
+            "anchors": decoded.anchors[:, :, matching],
+            "encoded": encoded,
+        }
+        if dn is not None:
+            outputs["dn"] = dn
+        return outputs

@@ -1,46 +1,71 @@
-"""Query denoising (DN-DETR, Li et al. 2022, section 4), for this project's models and for any DETR,
-and DINO's contrastive kind (Zhang et al. 2022, section 3.3).
+"""Query denoising (DN-DETR, Li et al. 2022, section 4) for any DETR, and DINO's contrastive form
+(Zhang et al. 2022, section 3.3).
 
-Ground truth with noise is put in front of the decoder's queries, in groups, and the decoder is
-trained to restore it; no matching is needed there, so the targets are stable from the first step.
+Noised ground truth is put in front of the decoder's queries, in groups, and the decoder is trained
+to restore it. These queries need no matching, so their targets are stable from the first step.
 
     content, anchors, attn_mask, dn = prepare_for_dn(targets, label_enc, anchors)
     logits, boxes = ...                                  # the decoder and its heads, as before
-    logits, boxes = dn_post_process(logits, boxes, dn)   # only the matching part is left
+    logits, boxes = dn_post_process(logits, boxes, dn)   # only the matching part remains
     losses.update(compute_dn_loss(dn))                   # loss_ce_dn, loss_bbox_dn, ... for dn only
 
-`prepare_for_cdn` in place of the first is contrastive: it adds boxes too far off, to be rejected.
-This file needs torch and torchvision alone, so it works copied into another project, on any device
-and in any dtype; the box formats, the generalized IoU and the inverse sigmoid at its end are those
-of the whole project.
+`prepare_for_cdn` instead of the first adds negatives: boxes with more noise, classified as
+background. Queries need not be boxes: `embed_boxes` turns noised boxes into whatever a detector
+uses as positions. This file needs torch and torchvision alone and works copied into another
+project, on any device and in any dtype. The loss terms, the generalized IoU and the inverse sigmoid
+at its end are those of the whole project.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss
+from torchvision.ops import box_convert, sigmoid_focal_loss
+
+EmbedBoxes = Callable[[Tensor], Tensor]
 
 
-@dataclass
-class Denoising:
-    """What the denoising queries of a batch are made from. N counts groups * objects.
+@dataclass(kw_only=True)
+class Assignment:
+    """Which queries are to restore which of N objects, and what L decoder layers predict.
 
     `to_label`, (image, query), are the queries that are to restore `labels`, `to_box` those that
-    are to restore `boxes`, mostly the same; every other query in `supervised` is to be called
-    background. `dn_post_process` fills in what the decoder said about them.
+    are to restore `boxes`, mostly the same; they broadcast to (L, N). `found` is 0 for an object
+    without a query. The other queries, or those of them in `supervised`, are background.
     """
 
-    num_groups: int
-    to_label: tuple[Tensor, Tensor]  # (N,), (N,) int64
+    to_label: tuple[Tensor, Tensor]  # (N,) or (L, N) int64
     labels: Tensor  # (N,) int64
-    to_box: tuple[Tensor, Tensor]  # (N,), (N,) int64
+    to_box: tuple[Tensor, Tensor]  # (N,) or (L, N) int64
     boxes: Tensor  # (N, 4) cxcywh in [0, 1]
-    supervised: Tensor  # (B, P) bool
-    pred_logits: Tensor | None = None  # (L, B, P, C)
-    pred_boxes: Tensor | None = None  # (L, B, P, 4)
+    found: Tensor | None = None  # (L, N) 0 or 1; None: every object has a query
+    supervised: Tensor | None = None  # (B, Q) bool; None: all queries
+    pred_logits: Tensor | None = None  # (L, B, Q, C)
+    pred_boxes: Tensor | None = None  # (L, B, Q, 4) cxcywh in [0, 1]
+
+    def at(self, predictions: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
+        """(L, B, Q, n) -> (L, N, n), the predictions of the queries at `where`."""
+        return predictions[_of_layers(predictions, where)]
+
+    @cached_property
+    def predicted_boxes(self) -> Tensor:
+        """(L, N, 4), what is predicted for `boxes`, in float32."""
+        return self.at(self.pred_boxes, self.to_box).float()
+
+    def sum_found(self, losses: Tensor) -> Tensor:
+        """(L, N) -> (L,), over the objects that have a query."""
+        return (losses if self.found is None else losses * self.found).sum(1)
+
+
+@dataclass(kw_only=True)
+class Denoising(Assignment):
+    """The denoising queries of a batch; N counts groups * objects. `dn_post_process` fills in the
+    predictions."""
+
+    num_groups: int
 
     @property
     def num_queries(self) -> int:
@@ -73,15 +98,15 @@ def add_corner_noise(boxes: Tensor, scale: float, negative: bool) -> Tensor:
     reach = (boxes[:, 2:] / 2).repeat(1, 2) * scale
     distance = torch.rand_like(boxes) + float(negative)
     sign = 2.0 * torch.randint_like(boxes, 2) - 1
-    corners = box_cxcywh_to_xyxy(boxes) + sign * distance * reach
-    return box_xyxy_to_cxcywh(corners.clamp(0, 1))
+    corners = box_convert(boxes, "cxcywh", "xyxy") + sign * distance * reach
+    return box_convert(corners.clamp(0, 1), "xyxy", "cxcywh")
 
 
 def group_mask(num_groups: int, group_size: int, num_matching: int, device: torch.device) -> Tensor:
-    """Who may not see whom, (P + Q, P + Q) bool, True = blocked, rows look at columns.
+    """The self-attention mask (P + Q, P + Q), bool, True = blocked: rows are queries, columns keys.
 
-    Nobody outside a group sees its queries: not the matching part, to which they would give the
-    answer away, nor another group. The groups see the matching part.
+    A denoising group is visible to itself alone: the matching part would learn the answers from it,
+    and so would the other groups. The matching part is visible to all.
     """
     group = torch.arange(num_groups, device=device).repeat_interleave(group_size)
     group = F.pad(group, (0, num_matching), value=-1)
@@ -102,6 +127,7 @@ def prepare_for_dn(
     num_groups: int = 5,
     label_noise_ratio: float = 0.2,
     box_noise_scale: float = 0.4,
+    embed_boxes: EmbedBoxes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Denoising | None]:
     """Put denoising queries in front of the matching queries.
 
@@ -113,12 +139,14 @@ def prepare_for_dn(
         anchors: (B, Q, 4), the matching queries' anchors before the sigmoid.
         content: (B, Q, D), the matching queries' content; by default label_enc's last row with
             indicator 0, as in DN-DETR, which makes D one more than label_enc is wide.
-        num_groups: how many groups; from 100 on, about how many queries they are to make.
+        num_groups: the number of groups; from 100 on, about the number of queries in all groups.
+        embed_boxes: noised boxes (N, 4), cxcywh in [0, 1], to positions (N, ...), for a detector
+            whose `anchors` are something else, (B, Q, ...); by default the inverse sigmoid.
 
     Returns:
         content (B, P + Q, D), anchors (B, P + Q, 4) before the sigmoid, the self-attention mask
-        (P + Q, P + Q), True = blocked, and what `compute_dn_loss` needs. The mask is None where
-        nothing was added; at inference, so is the latter. A batch without objects has P = 0, a
+        (P + Q, P + Q), True = blocked, and what `compute_dn_loss` needs. The mask is None if
+        nothing was added; at inference, so is the last. A batch without objects has P = 0, a
         zero loss, and still gives `label_enc` a gradient, which DDP waits for.
     """
     batch_size, num_matching = anchors.shape[:2]
@@ -132,11 +160,17 @@ def prepare_for_dn(
     group_size = max(len(t["labels"]) for t in targets)
     num_groups = denoising_groups(num_groups, group_size)
     labels, boxes, where = _repeat(targets, num_groups, group_size, anchors)
-    supervised = _true_at(where, batch_size, num_groups * group_size)
-    dn = Denoising(num_groups, where, labels, where, boxes, supervised)
+    dn = Denoising(
+        num_groups=num_groups,
+        to_label=where,
+        labels=labels,
+        to_box=where,
+        boxes=boxes,
+        supervised=_true_at(where, batch_size, num_groups * group_size),
+    )
     noisy_labels = add_label_noise(labels, label_enc.num_embeddings - 1, label_noise_ratio)
     known = label_enc(noisy_labels), add_box_noise(boxes, box_noise_scale)
-    return _put_in_front(content, anchors, known, where, dn)
+    return _put_in_front(content, anchors, known, where, dn, embed_boxes)
 
 
 def prepare_for_cdn(
@@ -149,31 +183,38 @@ def prepare_for_cdn(
     label_noise_ratio: float = 0.5,
     box_noise_scale: float = 1.0,
     num_classes: int | None = None,
+    embed_boxes: EmbedBoxes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Denoising]:
-    """Put contrastive denoising queries in front: every group has each object twice, first near
-    enough to be restored, then so far off that it is to be rejected.
+    """Put contrastive denoising queries in front: every group has each object twice, as a positive,
+    with little noise, which is to be restored, and as a negative, which is background.
 
     Arguments and results are those of `prepare_for_dn`, but:
-        num_denoising: about how many queries are wanted. As released, numbers from 100 on are
-            divided by twice the largest object count of the batch to give the number of groups,
-            at least 1; smaller ones ARE the number of groups, which can be very many queries.
-        label_noise_ratio: half of it is the probability that a label is drawn anew.
+        num_denoising: about the number of queries. As released, numbers from 100 on are divided by
+            twice the largest object count of the batch to give the number of groups, at least 1;
+            smaller ones ARE the number of groups, which can be very many queries.
+        label_noise_ratio: half of it is the probability that a label is redrawn.
         num_classes: labels to draw from; by default one fewer than label_enc has rows.
     """
     largest = max(len(t["labels"]) for t in targets)
     num_groups = denoising_groups(num_denoising, 2 * largest)
-    labels, boxes, near = _repeat(targets, num_groups, 2 * largest, anchors)
-    image, query = near
-    # Also the places left free in images with fewer objects are called background, as released.
+    labels, boxes, positive = _repeat(targets, num_groups, 2 * largest, anchors)
+    image, query = positive
     size, device = (len(anchors), num_groups * 2 * largest), anchors.device
-    supervised = torch.ones(size, dtype=torch.bool, device=device)
-    dn = Denoising(num_groups, near, labels, near, boxes, supervised)
+    dn = Denoising(
+        num_groups=num_groups,
+        to_label=positive,
+        labels=labels,
+        to_box=positive,
+        boxes=boxes,
+        # As released, the unused queries of images with fewer objects are background, too.
+        supervised=torch.ones(size, dtype=torch.bool, device=device),
+    )
     num_classes = num_classes or label_enc.num_embeddings - 1
     noisy_labels = add_label_noise(labels.repeat(2), num_classes, label_noise_ratio / 2)
     noisy_boxes = [add_corner_noise(boxes, box_noise_scale, negative) for negative in (False, True)]
     known = label_enc(noisy_labels), torch.cat(noisy_boxes)
     where = image.repeat(2), torch.cat([query, query + largest])
-    return _put_in_front(content, anchors, known, where, dn)
+    return _put_in_front(content, anchors, known, where, dn, embed_boxes)
 
 
 def prepare_for_cdn_of_dn_detr(
@@ -186,13 +227,14 @@ def prepare_for_cdn_of_dn_detr(
     label_noise_ratio: float = 0.2,
     box_noise_scale: float = 0.4,
 ) -> tuple[Tensor, Tensor, Tensor | None, Denoising]:
-    """Contrastive denoising as DN-DETR's own code has it: `prepare_for_cdn`, but that negatives
-    carry the embedding of matching queries, and that it was written for one image a process.
+    """Contrastive denoising as in DN-DETR's code: like `prepare_for_cdn`, but negatives have the
+    label embedding of matching queries, and the code was written for one image per process.
 
-    Every image lists its objects and then their negatives, but of the lists of all images in a row
-    the first half counts as near, the second as far. With one image the two agree. With more, a
-    near negative's box is to be restored, and an object that is far keeps its label but not its
-    embedding. The released figures were computed so.
+    Every image lists its objects and then their negatives; the lists are concatenated over the
+    images, and the first half of the whole gets little noise, the second half much. With one image
+    these are the objects and the negatives. With more, a negative in the first half has its box
+    restored, and an object in the second half keeps its label as target but not as embedding. The
+    released figures come from this code.
     """
     counts = [len(t["labels"]) for t in targets]
     num_groups = denoising_groups(num_denoising, 2 * max(counts))
@@ -203,20 +245,26 @@ def prepare_for_cdn_of_dn_detr(
     labels, boxes, where = _repeat(doubled, num_groups, group_size, anchors)
     is_object = torch.cat([torch.arange(2 * n) < n for n in counts]).repeat(num_groups).to(device)
     is_near = (torch.arange(2 * sum(counts)) < sum(counts)).repeat(num_groups).to(device)
-    to_label, to_box = (tuple(x[chosen] for x in where) for chosen in (is_object, is_near))
-    supervised = _true_at(where, len(anchors), num_groups * group_size)
-    dn = Denoising(num_groups, to_label, labels[is_object], to_box, boxes[is_near], supervised)
-    nothing = label_enc.num_embeddings - 1
-    noisy_labels = add_label_noise(labels, nothing, label_noise_ratio)
-    noisy_labels = noisy_labels.masked_fill(~(is_object & is_near), nothing)
+    image, query = where
+    dn = Denoising(
+        num_groups=num_groups,
+        to_label=(image[is_object], query[is_object]),
+        labels=labels[is_object],
+        to_box=(image[is_near], query[is_near]),
+        boxes=boxes[is_near],
+        supervised=_true_at(where, len(anchors), num_groups * group_size),
+    )
+    background_label = label_enc.num_embeddings - 1
+    noisy_labels = add_label_noise(labels, background_label, label_noise_ratio)
+    noisy_labels = noisy_labels.masked_fill(~(is_object & is_near), background_label)
     near, far = (add_corner_noise(boxes, box_noise_scale, negative) for negative in (False, True))
     known = label_enc(noisy_labels), torch.where(is_near[:, None], near, far)
     return _put_in_front(content, anchors, known, where, dn)
 
 
 def denoising_groups(number: int, group_size: int) -> int:
-    """Groups of `group_size` queries that make about `number` queries, at least 1; numbers under
-    100 are, as released, the number of groups itself."""
+    """The number of groups of `group_size` queries that together have about `number` queries, at
+    least 1; as released, a number under 100 is the number of groups itself."""
     if number >= 100:
         number //= max(group_size, 1)
     return max(number, 1)
@@ -225,8 +273,8 @@ def denoising_groups(number: int, group_size: int) -> int:
 def _repeat(
     targets: Sequence[dict[str, Tensor]], num_groups: int, group_size: int, anchors: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Labels (N,) and boxes (N, 4) of all objects once for each group, and their places, the first
-    of each group: image (N,) and query (N,)."""
+    """Labels (N,) and boxes (N, 4) of all objects, repeated for each group, and where they are, in
+    the first places of each group: image (N,) and query (N,)."""
     counts = [len(t["labels"]) for t in targets]
     labels = torch.cat([t["labels"] for t in targets]).repeat(num_groups)
     boxes = torch.cat([t["boxes"] for t in targets]).to(anchors.dtype).repeat(num_groups, 1)
@@ -237,7 +285,7 @@ def _repeat(
 
 
 def _true_at(where: tuple[Tensor, Tensor], *size: int) -> Tensor:
-    """A bool tensor that is True at `where` alone."""
+    """A bool tensor that is True only at `where`."""
     flags = torch.zeros(size, dtype=torch.bool, device=where[0].device)
     flags[where] = True
     return flags
@@ -249,13 +297,14 @@ def _put_in_front(
     known: tuple[Tensor, Tensor],
     where: tuple[Tensor, Tensor],
     dn: Denoising,
+    embed_boxes: EmbedBoxes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Denoising]:
     """Known label embeddings and boxes as queries before the matching ones, and the mask."""
     batch_size, num_matching, dim = content.shape
     dn_content = content.new_zeros(batch_size, dn.num_queries, dim)
     dn_content[where] = with_indicator(known[0], dim, 1.0).to(content.dtype)
-    dn_anchors = anchors.new_zeros(batch_size, dn.num_queries, 4)
-    dn_anchors[where] = inverse_sigmoid(known[1])
+    dn_anchors = anchors.new_zeros(batch_size, dn.num_queries, *anchors.shape[2:])
+    dn_anchors[where] = (embed_boxes or inverse_sigmoid)(known[1]).to(anchors.dtype)
     content = torch.cat([dn_content, content], dim=1)
     anchors = torch.cat([dn_anchors, anchors], dim=1)
     if dn.num_queries == 0:
@@ -280,23 +329,89 @@ def dn_post_process(logits: Tensor, boxes: Tensor, dn: Denoising | None) -> tupl
 def compute_dn_loss(
     dn: Denoising | None, focal_alpha: float = 0.25, num_boxes: float | None = None
 ) -> dict[str, Tensor]:
-    """Focal, L1 and GIoU loss of the denoising queries, for each decoder layer, divided by the
-    number of targets, which is `num_boxes` in every group; by default it is counted.
+    """Focal, L1 and GIoU loss of the denoising queries of each decoder layer.
 
+    Divided by `num_boxes` times the groups; `num_boxes` is by default the number of objects.
     Named `loss_ce_dn`, `loss_bbox_dn`, `loss_giou_dn` for the last layer, with `_0`, `_1`, ... for
     those before it; weighted like the matching losses (1, 5, 2). Empty without `dn`.
     """
-    if dn is None:
-        return {}
-    logits = dn.pred_logits.float()  # (L, B, P, C)
-    onehot = torch.zeros_like(logits)
-    onehot[(slice(None), *dn.to_label, dn.labels)] = 1
-    loss_ce = sigmoid_focal_loss(logits, onehot, focal_alpha) * dn.supervised[..., None]
-    boxes = dn.pred_boxes[(slice(None), *dn.to_box)].float()
-    loss_bbox, loss_giou = box_losses(boxes, dn.boxes.float())
+    return {} if dn is None else denoising_losses(dn, standard_terms(focal_alpha), num_boxes)
+
+
+# Loss terms
+
+
+class LossTerm:
+    """A loss of an assignment, for every decoder layer: `term(assignment)` -> (L,), summed over
+    queries or objects and not yet divided by their number.
+
+    `name` is its name in `weight_dict`, `weight_option` the option with its weight. `parts` says
+    what it applies to: "decoder", the matching queries; "tokens", those that queries are selected
+    from; "denoising".
+    """
+
+    name: str
+    weight_option: str
+    parts: frozenset[str] = frozenset({"decoder", "tokens", "denoising"})
+
+    def __call__(self, assignment: Assignment) -> Tensor:
+        raise NotImplementedError
+
+
+class FocalLoss(LossTerm):
+    """Sigmoid focal loss (Lin et al. 2017) of all queries."""
+
+    name, weight_option = "loss_ce", "cls_loss_coef"
+
+    def __init__(self, alpha: float):
+        self.alpha = alpha
+
+    def __call__(self, assignment: Assignment) -> Tensor:
+        logits, found = assignment.pred_logits.float(), assignment.found
+        layer, image, query = _of_layers(logits, assignment.to_label)
+        onehot = torch.zeros_like(logits)
+        value = logits.new_ones(()) if found is None else found
+        index = layer, image, query, assignment.labels
+        onehot.index_put_(index, value, accumulate=True)
+        losses = sigmoid_focal_loss(logits, onehot, self.alpha)
+        if assignment.supervised is not None:
+            losses = losses * assignment.supervised[..., None]
+        return losses.sum((1, 2, 3))
+
+
+class L1Loss(LossTerm):
+    """L1 distance of the boxes, cxcywh."""
+
+    name, weight_option = "loss_bbox", "bbox_loss_coef"
+
+    def __call__(self, assignment: Assignment) -> Tensor:
+        distance = assignment.predicted_boxes - assignment.boxes.float()
+        return assignment.sum_found(distance.abs().sum(-1))
+
+
+class GIoULoss(LossTerm):
+    """1 - GIoU of the boxes."""
+
+    name, weight_option = "loss_giou", "giou_loss_coef"
+
+    def __call__(self, assignment: Assignment) -> Tensor:
+        boxes = assignment.predicted_boxes, assignment.boxes.float()
+        corners = (box_convert(b, "cxcywh", "xyxy") for b in boxes)
+        return assignment.sum_found(1 - generalized_box_iou(*corners))
+
+
+def standard_terms(focal_alpha: float = 0.25) -> list[LossTerm]:
+    """The losses of all models here."""
+    return [FocalLoss(focal_alpha), L1Loss(), GIoULoss()]
+
+
+def denoising_losses(
+    dn: Denoising, terms: Sequence[LossTerm], num_boxes: float | None = None
+) -> dict[str, Tensor]:
+    """{released name: value} of the terms that apply to denoising; see `compute_dn_loss`."""
     num = max(len(dn.labels), 1) if num_boxes is None else num_boxes * dn.num_groups
-    sums = {"ce": loss_ce.sum((1, 2, 3)), "bbox": loss_bbox.sum(1), "giou": loss_giou.sum(1)}
-    return by_layer({f"loss_{name}_dn": total / num for name, total in sums.items()})
+    chosen = [term for term in terms if "denoising" in term.parts]
+    return by_layer({f"{term.name}_dn": term(dn) / num for term in chosen})
 
 
 def by_layer(losses: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -308,19 +423,12 @@ def by_layer(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
+def _of_layers(predictions: Tensor, where: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The index of `where` = (image, query) in each of the L layers of `predictions`."""
+    return torch.arange(len(predictions), device=predictions.device)[:, None], *where
+
+
 # Boxes
-
-
-def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """(..., 4) centre and size -> (..., 4) corners."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return torch.cat([centre - half, centre + half], dim=-1)
-
-
-def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """(..., 4) corners -> (..., 4) centre and size."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -339,12 +447,6 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         torch.maximum(y2, v2) - torch.minimum(y1, v1)
     )
     return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
-
-
-def box_losses(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 distance and 1 - GIoU of paired cxcywh boxes (..., 4) that broadcast, both (...)."""
-    giou = generalized_box_iou(box_cxcywh_to_xyxy(pred), box_cxcywh_to_xyxy(target))
-    return (pred - target).abs().sum(-1), 1 - giou
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:

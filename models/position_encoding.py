@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from util.config import Config
+from .options import ModelOptions
 
 
 def sine_embedding(position: Tensor, dim: int, temperature: float = 10000) -> Tensor:
@@ -31,10 +31,10 @@ class SinePositionEncoding(nn.Module):
     by the image's own extent, so that it runs to 2 pi over the image without its padding.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, options: ModelOptions):
         super().__init__()
-        self.dim, self.offset = cfg.hidden_dim, cfg.pe_offset
-        self.temperature_h, self.temperature_w = cfg.pe_temperatureH, cfg.pe_temperatureW
+        self.dim, self.offset = options.hidden_dim, options.pe_offset
+        self.temperature_h, self.temperature_w = options.pe_temperatureH, options.pe_temperatureW
 
     def forward(self, mask: Tensor) -> Tensor:
         """Padding mask (B, H, W) -> (B, H, W, D), in fp32."""

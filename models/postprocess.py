@@ -2,22 +2,19 @@
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import nms
-
-from .dn_components import box_cxcywh_to_xyxy
+from torchvision.ops import box_convert, nms
 
 
 class PostProcess(nn.Module):
-    """Keeps the `num_select` best of all (query, class) pairs, by the class's sigmoid score; with
-    `nms_iou_threshold` above 0, of these only what overlaps none that is better, of any class, by
-    more."""
+    """Keeps the `num_select` best of all (query, class) pairs by the class's sigmoid score; with
+    `nms_iou_threshold` above 0, these go through non-maximum suppression over all classes."""
 
     def __init__(self, num_select: int, nms_iou_threshold: float = -1):
         super().__init__()
         self.num_select, self.nms_iou_threshold = num_select, nms_iou_threshold
 
     def forward(self, outputs: dict[str, Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
-        """sizes (B, 2): height and width, without padding, that boxes are wanted in.
+        """sizes (B, 2): the images' height and width, without padding, that boxes are scaled to.
 
         Returns for each image "scores" (k,), best first, "labels" (k,), "boxes" (k, 4) xyxy in
         pixels.
@@ -27,7 +24,7 @@ class PostProcess(nn.Module):
         scores = logits.sigmoid().flatten(1)
         scores, index = scores.topk(min(self.num_select, scores.shape[1]), dim=1)
         query, labels = index // num_classes, index % num_classes
-        boxes = box_cxcywh_to_xyxy(boxes).gather(1, query[..., None].expand(-1, -1, 4))
+        boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4))
         height, width = sizes.to(boxes).unbind(1)
         boxes = boxes * torch.stack([width, height, width, height], dim=1)[:, None]
         results = [

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from util.errors import UserError
-
-from .deformable_transformer import Tokens
+from .deformable_transformer import LevelTokens
+from .errors import UserError
 
 
 @dataclass
@@ -37,13 +36,13 @@ def take(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
 
 
-def proposals(tokens: Tokens) -> tuple[Tensor, Tensor]:
+def proposals(tokens: LevelTokens) -> tuple[Tensor, Tensor]:
     """A box around each token: its place, and 0.05 * 2^level wide and high.
 
     Returns (B, S, 4) before the sigmoid, infinite where the token is padding or the box leaves
     (0.01, 0.99), and (B, S, 1), True where it is neither.
     """
-    centre = tokens.places()
+    centre = tokens.locations()
     level = torch.arange(len(tokens.spatial_shapes), device=centre.device)
     side = tokens.per_token(0.05 * 2.0 ** level[:, None])  # (S, 1)
     boxes = torch.cat([centre, side.expand(*centre.shape)], dim=-1)
@@ -53,7 +52,7 @@ def proposals(tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 def select_queries(
     memory: Tensor,
-    tokens: Tokens,
+    tokens: LevelTokens,
     project: Callable[[Tensor], Tensor],
     class_head: Callable[[Tensor], Tensor],
     box_head: Callable[[Tensor], Tensor],

@@ -6,41 +6,60 @@ decoder layer refines the anchor. Layers are post-norm.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from util.config import Config
-
 from .attention import MLP, Attention, FeedForward, MultiheadAttention, init_transformer
 from .dn_components import inverse_sigmoid
+from .options import ModelOptions
 from .position_encoding import anchor_embedding
 
 
-class EncoderLayer(FeedForward):
-    def __init__(self, cfg: Config):
-        super().__init__(cfg)
-        self.self_attn = MultiheadAttention(cfg)
-        self.norm1 = nn.LayerNorm(cfg.hidden_dim)
-        self.norm2 = nn.LayerNorm(cfg.hidden_dim)
+class Tokens(NamedTuple):
+    """The S pixels of a feature map: content and pos (B, S, D), mask (B, S), True on padding."""
 
-    def forward(self, x: Tensor, pos: Tensor, allowed: Tensor) -> Tensor:
+    content: Tensor
+    pos: Tensor
+    mask: Tensor
+
+
+class Decoded(NamedTuple):
+    """What the L layers of a decoder return: states (L, B, Q, D), the boxes (L, B, Q, 4) that they
+    predict and the anchors (L, B, Q, 4) that they refine, detached, both cxcywh in [0, 1]."""
+
+    states: Tensor
+    boxes: Tensor
+    anchors: Tensor
+
+
+class EncoderLayer(FeedForward):
+    def __init__(self, options: ModelOptions):
+        super().__init__(options)
+        self.self_attn = MultiheadAttention(options)
+        self.norm1 = nn.LayerNorm(options.hidden_dim)
+        self.norm2 = nn.LayerNorm(options.hidden_dim)
+
+    def forward(self, x: Tensor, pos: Tensor, blocked: Tensor) -> Tensor:
         located = x + pos
-        x = self.norm1(x + self.dropout(self.self_attn(located, located, x, allowed)))
+        x = self.norm1(x + self.dropout(self.self_attn(located, located, x, blocked)))
         return self.norm2(x + self.feed_forward(x))
 
 
 class Encoder(nn.Module):
-    """Self-attention over pixels; the position encoding is scaled by the content at every layer."""
+    """Self-attention over pixels; every layer scales the position encoding by the content."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, options: ModelOptions):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.enc_layers))
-        self.query_scale = MLP(cfg.hidden_dim, cfg.hidden_dim, cfg.hidden_dim, 2)
+        self.layers = nn.ModuleList(EncoderLayer(options) for _ in range(options.enc_layers))
+        self.query_scale = MLP(options.hidden_dim, options.hidden_dim, options.hidden_dim, 2)
 
-    def forward(self, x: Tensor, pos: Tensor, allowed: Tensor) -> Tensor:
+    def forward(self, tokens: Tokens) -> Tensor:
+        """-> memory (B, S, D)."""
+        x, blocked = tokens.content, tokens.mask[:, None, None]
         for layer in self.layers:
-            x = layer(x, pos * self.query_scale(x), allowed)
+            x = layer(x, tokens.pos * self.query_scale(x), blocked)
         return x
 
 
@@ -52,15 +71,15 @@ class DecoderLayer(FeedForward):
     content as well.
     """
 
-    def __init__(self, cfg: Config, is_first: bool):
-        super().__init__(cfg)
-        dim = cfg.hidden_dim
+    def __init__(self, options: ModelOptions, is_first: bool):
+        super().__init__(options)
+        dim = options.hidden_dim
         self.sa_qcontent_proj = nn.Linear(dim, dim)
         self.sa_qpos_proj = nn.Linear(dim, dim)
         self.sa_kcontent_proj = nn.Linear(dim, dim)
         self.sa_kpos_proj = nn.Linear(dim, dim)
         self.sa_v_proj = nn.Linear(dim, dim)
-        self.self_attn = Attention(cfg)
+        self.self_attn = Attention(options)
 
         self.ca_qcontent_proj = nn.Linear(dim, dim)
         self.ca_qpos_proj = nn.Linear(dim, dim) if is_first else None
@@ -68,7 +87,7 @@ class DecoderLayer(FeedForward):
         self.ca_kpos_proj = nn.Linear(dim, dim)
         self.ca_v_proj = nn.Linear(dim, dim)
         self.ca_qpos_sine_proj = nn.Linear(dim, dim)
-        self.cross_attn = Attention(cfg)
+        self.cross_attn = Attention(options)
 
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -85,14 +104,14 @@ class DecoderLayer(FeedForward):
         x: Tensor,
         query_pos: Tensor,
         query_sine: Tensor,
-        attn_allowed: Tensor | None,
+        self_blocked: Tensor | None,
         memory: Tensor,
         pos: Tensor,
-        memory_allowed: Tensor,
+        memory_blocked: Tensor,
     ) -> Tensor:
         query = self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos)
         key = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)
-        attended = self.self_attn(query, key, self.sa_v_proj(x), attn_allowed)
+        attended = self.self_attn(query, key, self.sa_v_proj(x), self_blocked)
         x = self.norm1(x + self.dropout(attended))
 
         sine = self.ca_qpos_sine_proj(query_sine)
@@ -100,12 +119,12 @@ class DecoderLayer(FeedForward):
         if self.ca_qpos_proj is not None:
             located = located + self.ca_qpos_proj(query_pos)
         located = self.concat_heads(located, sine)
-        attended = self.attend_to_memory(located, memory, pos, memory_allowed, query)
+        attended = self.attend_to_memory(located, memory, pos, memory_blocked, query)
         x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.feed_forward(x))
 
     def attend_to_memory(
-        self, located: Tensor, memory: Tensor, pos: Tensor, allowed: Tensor, query: Tensor
+        self, located: Tensor, memory: Tensor, pos: Tensor, blocked: Tensor, query: Tensor
     ) -> Tensor:
         """located (B, Q, 2 * D), memory and pos (B, S, D), query of the self-attention (B, Q, D)
         -> (B, Q, D)."""
@@ -113,45 +132,48 @@ class DecoderLayer(FeedForward):
         if self.ca_qpos_proj is not None:
             key = key + key_pos
         key = self.concat_heads(key, key_pos)
-        return self.cross_attn(located, key, self.ca_v_proj(memory), allowed)
+        return self.cross_attn(located, key, self.ca_v_proj(memory), blocked)
 
 
 class MultiLevelDecoderLayer(DecoderLayer):
-    """Attends to each of several feature levels apart; the self-attention's query weighs them."""
+    """Attends to each feature level separately; the self-attention's query weights the results."""
 
-    def __init__(self, cfg: Config, is_first: bool):
-        super().__init__(cfg, is_first)
+    def __init__(self, options: ModelOptions, is_first: bool):
+        super().__init__(options, is_first)
         self.cross_attn.out_proj = nn.Identity()
-        self.ca_out_v_proj = nn.Linear(cfg.hidden_dim, cfg.hidden_dim)
+        self.ca_out_v_proj = nn.Linear(options.hidden_dim, options.hidden_dim)
         nn.init.zeros_(self.ca_out_v_proj.bias)
-        self.lvl_attn = nn.Linear(cfg.hidden_dim, cfg.num_feature_levels)
+        self.lvl_attn = nn.Linear(options.hidden_dim, options.num_feature_levels)
 
     def attend_to_memory(
         self,
         located: Tensor,
         memory: Sequence[Tensor],
         pos: Sequence[Tensor],
-        allowed: Sequence[Tensor],
+        blocked: Sequence[Tensor],
         query: Tensor,
     ) -> Tensor:
-        """As for one level, with a list of levels each for memory, pos and allowed."""
+        """As for one level; memory, pos and blocked are lists with an entry for each level."""
         attend = super().attend_to_memory
         levels = [
-            attend(located, *level, query) for level in zip(memory, pos, allowed, strict=True)
+            attend(located, *level, query) for level in zip(memory, pos, blocked, strict=True)
         ]
         weights = self.lvl_attn(query).softmax(-1)
         return (self.ca_out_v_proj(torch.stack(levels, dim=-2)) * weights[..., None]).sum(-2)
 
 
 class Decoder(nn.Module):
-    """Refines anchors layer by layer; `bbox_embed`, set by the detector, gives the refinements."""
+    """Refines anchors layer by layer. The detector sets `bbox_embed`, the head that predicts the
+    refinements."""
 
-    def __init__(self, cfg: Config, layer: type[DecoderLayer] = DecoderLayer):
+    def __init__(self, options: ModelOptions, layer: type[DecoderLayer] = DecoderLayer):
         super().__init__()
-        dim = cfg.hidden_dim
-        self.layers = nn.ModuleList(layer(cfg, is_first=i == 0) for i in range(cfg.dec_layers))
+        dim = options.hidden_dim
+        self.layers = nn.ModuleList(
+            layer(options, is_first=i == 0) for i in range(options.dec_layers)
+        )
         self.norm = nn.LayerNorm(dim)
-        self.query_scale = MLP(dim, dim, dim, 2).requires_grad_(cfg.dec_layers > 1)
+        self.query_scale = MLP(dim, dim, dim, 2).requires_grad_(options.dec_layers > 1)
         self.ref_point_head = MLP(2 * dim, dim, dim, 2)
         self.ref_anchor_head = MLP(dim, dim, 2, 2)
 
@@ -172,28 +194,27 @@ class Decoder(nn.Module):
         self,
         content: Tensor,
         anchors: Tensor,
-        attn_allowed: Tensor | None,
+        self_blocked: Tensor | None,
         memory: Tensor,
         pos: Tensor,
-        memory_allowed: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """content (B, Q, D) and anchors (B, Q, 4) before the sigmoid -> states (L, B, Q, D), the
-        boxes (L, B, Q, 4) that the layers predict and the anchors (L, B, Q, 4) that they refine,
-        detached, both cxcywh in [0, 1]."""
+        memory_blocked: Tensor,
+    ) -> Decoded:
+        """content (B, Q, D), anchors (B, Q, 4) before the sigmoid, self_blocked (N, N) and
+        memory_blocked (B, 1, 1, S), True where attention is blocked -> the layers' outputs."""
         x, anchors = content, anchors.sigmoid()
-        states, boxes, seen = [], [], []
+        states, boxes, refined = [], [], []
         for i, layer in enumerate(self.layers):
-            # Attention sees refined anchors detached; the box that the loss sees does not, so as
-            # released it also reaches the previous layer's refinement.
+            # Attention uses the refined anchors detached, the predicted box does not: as in the
+            # released code, its loss also trains the previous layer's refinement.
             fixed = anchors if i == 0 else anchors.detach()
             query_pos, query_sine = self.queries(x, fixed, is_first=i == 0)
-            x = layer(x, query_pos, query_sine, attn_allowed, memory, pos, memory_allowed)
+            x = layer(x, query_pos, query_sine, self_blocked, memory, pos, memory_blocked)
             states.append(self.norm(x))
-            seen.append(anchors.detach())
+            refined.append(anchors.detach())
             boxes.append((self.bbox_embed(states[-1]) + inverse_sigmoid(anchors)).sigmoid())
             if i + 1 < len(self.layers):
                 anchors = (self.bbox_embed(x) + inverse_sigmoid(fixed)).sigmoid()
-        return torch.stack(states), torch.stack(boxes), torch.stack(seen)
+        return Decoded(torch.stack(states), torch.stack(boxes), torch.stack(refined))
 
 
 class Transformer(nn.Module):

@@ -10,17 +10,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from models.convnext import CONVNEXTS
 
 from datasets.toy import make_toy_coco
 from main import main
 from models import build_backbone
-from models.convnext import CONVNEXTS
+from models.errors import UserError
+from models.nested_tensor import nested_tensor_from_tensor_list
 from run import Run
 from tests.conftest import SMALL, Pair
 from tests.test_main import read_log
 from util.config import MODELS, Config, parse_command_line
-from util.errors import UserError
-from util.nested_tensor import nested_tensor_from_tensor_list
 
 TINY = [
     *SMALL[2:],  # without its config: -m names the published one

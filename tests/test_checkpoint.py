@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.errors import UserError
 from util.checkpoint import (
     LoadReport,
     latest_checkpoint,
@@ -25,7 +26,6 @@ from util.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from util.errors import UserError
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from datasets.coco import COCO_IDS, ClassMap, CocoDetection, build_dataset, collate, read_image
+from datasets.coco import CocoDetection, build_dataset, collate, read_image
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transforms, train_transforms
-from util.errors import UserError
+from models.class_map import COCO_IDS, ClassMap
+from models.errors import UserError
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from models.errors import UserError
 from util.config import CONFIG_DIR, MODELS, load_config, parse_command_line
-from util.errors import UserError
 
 
 def parse(line: str):

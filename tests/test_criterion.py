@@ -15,7 +15,8 @@ from models.dn_components import (
     generalized_box_iou,
     inverse_sigmoid,
 )
-from models.matcher import HungarianMatcher, MatchingLog
+from models.matcher import HungarianMatcher
+from util.matching_log import MatchingLog
 
 L, B, Q, C = 3, 2, 5, 4
 MATCHER = HungarianMatcher(2, 5, 2, 0.25)

@@ -6,16 +6,16 @@ import re
 import pytest
 import timm
 import torch
+from models.swin import Block, Swin
 
 from models import build_model, convnext
 from models.deformable_transformer import Tokens
 from models.dn_components import box_cxcywh_to_xyxy, prepare_for_cdn, prepare_for_cdn_of_dn_detr
+from models.errors import UserError
+from models.nested_tensor import nested_tensor_from_tensor_list
 from models.query_selection import proposals, select_queries
-from models.swin import Block, Swin
 from util.checkpoint import load_backbone
 from util.config import load_config
-from util.errors import UserError
-from util.nested_tensor import nested_tensor_from_tensor_list
 
 CONFIGS = [
     "dab_deformable_detr_r50",

@@ -16,18 +16,18 @@ import torch
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
-from datasets.coco import ClassMap
 from datasets.loader import EpochBatches
 from datasets.toy import make_toy_coco
 from engine import train_one_epoch
 from main import main
+from models.class_map import ClassMap
+from models.nested_tensor import nested_tensor_from_tensor_list
 from run import Run
 from tests.conftest import SMALL, Pair, children_of, wait_for_first_epoch
 from tests.test_main import assert_same_state, read_log
 from util.checkpoint import read_checkpoint
 from util.config import parse_command_line
 from util.distributed import join_processes, leave_processes
-from util.nested_tensor import nested_tensor_from_tensor_list
 
 # No noise, whose random numbers depend on the process, and no batch statistics.
 PLAIN = ["--batch_norm_type", "FrozenBatchNorm2d", "--use_dn", "--dn_label_noise_ratio", "0"]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from datasets.coco import ClassMap
 from datasets.toy import CATEGORIES
 from main import main as evaluate
+from models.class_map import ClassMap
 from run import Run
 from tools.export_checkpoint import main
 from util.checkpoint import load_weights, read_checkpoint

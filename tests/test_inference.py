@@ -16,14 +16,15 @@ from pycocotools.coco import COCO
 from torchvision import tv_tensors
 
 import inference
-from datasets.coco import ClassMap, CocoDetection, read_image
+from datasets.coco import CocoDetection, read_image
 from datasets.toy import CATEGORIES
 from datasets.transforms import eval_transforms
 from models import build_model
+from models.class_map import ClassMap
+from models.errors import UserError
 from util import visualize
 from util.checkpoint import load_weights, save_checkpoint
 from util.config import load_config
-from util.errors import UserError
 from util.visualize import class_colour, draw_boxes, plot_log, side_by_side
 
 SMALL = {
@@ -161,7 +162,7 @@ def test_averaged_weights(toy, checkpoint, saved):
     path = next((toy / "val2017").glob("*.jpg"))
     for ema, weights in ((False, "model"), (True, "ema_model")):
         detector = inference.load_detector(saved, ema=ema)
-        (result,) = detector.detect([read_image(path)], threshold=0)
+        (result,) = detector.predict([read_image(path)], threshold=0)
         (expected,) = by_hand(checkpoint, [path], weights)
         torch.testing.assert_close(result["scores"], expected["scores"])
         draw_boxes(read_image(path), **result, names=detector.class_map.names)
@@ -172,7 +173,7 @@ def test_labels_without_category_are_left_out(toy, checkpoint, tmp_path):
     del state["categories"][1:]
     save_checkpoint(tmp_path / "checkpoint.pth", checkpoint | {"class_map": state})
     detector = inference.load_detector(tmp_path / "checkpoint.pth")
-    (result,) = detector.detect([GREY], threshold=0)
+    (result,) = detector.predict([GREY], threshold=0)
     assert set(result["labels"].tolist()) <= {0}
 
 

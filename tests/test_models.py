@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from models.backbone import resize_mask
 from torch import nn
 
 from models import build_model
-from models.backbone import resize_mask
+from models.errors import UserError
+from models.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.config import load_config
-from util.errors import UserError
-from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 SMALL = {
     "backbone": "resnet18",

@@ -13,8 +13,8 @@ from torch import nn
 
 from models import build_model
 from models.deformable_detr import encode_levels
+from models.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.config import load_config
-from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 transformers = pytest.importorskip("transformers")
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import run_with_submitit
+from models.errors import UserError
 from util.config import CONFIG_DIR, Config, load_config, parse_command_line
-from util.errors import UserError
 
 FOLDER = Path(__file__).parent / "released"
 COMMANDS = json.loads((FOLDER / "commands.json").read_text())

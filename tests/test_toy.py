@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from datasets import toy
-from util.errors import UserError
+from models.errors import UserError
 
 # pycocotools has yet to follow numpy 2's array protocol.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

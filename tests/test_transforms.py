@@ -16,7 +16,7 @@ from datasets.transforms import (
     resized_size,
     train_transforms,
 )
-from util.errors import UserError
+from models.errors import UserError
 
 COLOURS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
 

@@ -8,40 +8,30 @@ of the released code. Later wins: defaults, config file, `--options`, flags.
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import logging
-import runpy
 import types
 import typing
 from ast import literal_eval
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import inf
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from models.backbones import BACKBONES
+from models.errors import UserError, nearest
+from models.options import (
+    DenoisingOptions,
+    DetectorOptions,
+    LossOptions,
+    ModelOptions,
+    option,
+    read_assignments,
+)
+from models.registry import MODELS, find_model
 
 logger = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-
-# What `-m NAME` alone means: the config of that model's published settings.
-MODELS = {
-    "dab_detr": "dab_detr_r50",
-    "dn_dab_detr": "dn_dab_detr_r50",
-    "dab_deformable_detr": "dab_deformable_detr_r50",
-    "dn_dab_deformable_detr": "dn_dab_deformable_detr_r50",
-    "dn_dab_deformable_detr_deformable_encoder_only": (
-        "dn_dab_deformable_detr_deformable_encoder_only_r50_3pat"
-    ),
-    "dn_dab_dino_deformable_detr": "dn_dab_dino_deformable_detr_r50",
-    "dino": "dino_4scale_r50",
-}
-
-DILATED = ("resnet50", "resnet101")  # backbones that can keep their last stage at stride 16
-SWINS = "swin_T_224_1k", "swin_B_224_22k", "swin_B_384_22k", "swin_L_224_22k", "swin_L_384_22k"
-BACKBONES = ("resnet18", "resnet34", *DILATED, *SWINS, "convnext_xlarge_22k")
 
 # Released spellings of today's options.
 ALIASES = {
@@ -69,9 +59,6 @@ RELEASED_CONFIGS = {
 
 # The released switches whose combinations are today's query_selection.
 SELECTION_SWITCHES = ("two_stage", "two_stage_type", "use_mqs", "embed_init_tgt")
-
-# What a model's released code always does and its config files do not say.
-IMPLIED = {"dino": {"contrastive": True, "look_forward_twice": True, "dn_num_boxes": "mean"}}
 
 # Released options with nothing left to choose. They are accepted and do nothing.
 RETIRED = {
@@ -120,123 +107,6 @@ FIXED = {
     "matcher_type": "HungarianMatcher",
     "use_detached_boxes_dec_out": False,
 }
-
-
-def option(
-    default: Any, help: str, choices: Sequence[str] = (), low: float = -inf, high: float = inf
-):
-    """A field of the config; a number is at least `low` and at most `high`."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass
-class ModelOptions:
-    """model"""
-
-    modelname: str = option("dn_dab_detr", "which model", choices=list(MODELS))
-    backbone: str = option("resnet50", f"{', '.join(BACKBONES)}, or timm/NAME for any timm model")
-    dilation: bool = option(False, "DC5: the last backbone stage keeps stride 16")
-    batch_norm_type: str = option(
-        "FrozenBatchNorm2d",
-        "the backbone's normalisation; frozen statistics only suit pretrained weights",
-        choices=["FrozenBatchNorm2d", "BatchNorm2d", "SyncBatchNorm"],
-    )
-    return_interm_indices: list[int] = option(
-        [3], "backbone stages that are used, 0 (stride 4) to 3 (stride 32)", low=0, high=3
-    )
-    pretrained_backbone: bool = option(True, "begin with ImageNet weights, and freeze the stem")
-    backbone_weights: str = option("", "local file of those weights, in place of the download")
-    backbone_dir: str = option("", "directory of the Swin and ConvNeXt authors' files")
-    backbone_freeze_keywords: list[str] = option(
-        [], "freeze the backbone's parameters with one of these in their names"
-    )
-    use_checkpoint: bool = option(False, "Swin, ConvNeXt: save memory, computing blocks twice")
-    hidden_dim: int = option(256, "width of the transformer, D", low=8)
-    nheads: int = option(8, "attention heads", low=1)
-    enc_layers: int = option(6, "encoder layers", low=0)
-    dec_layers: int = option(6, "decoder layers", low=1)
-    dim_feedforward: int = option(2048, "width of the feed-forward blocks", low=1)
-    dropout: float = option(0.0, "dropout in the transformer", low=0, high=0.99)
-    transformer_activation: str = option(
-        "prelu", "activation of the feed-forward blocks", choices=["prelu", "relu", "gelu"]
-    )
-    num_queries: int = option(300, "queries, Q: the most objects found in an image", low=1)
-    num_patterns: int = option(0, "dense decoders: content embeddings of every anchor", low=0)
-    random_refpoints_xy: bool = option(False, "learned anchors start all over the image")
-    pe_temperatureH: float = option(20, "position encoding's temperature for y", low=1e-6)
-    pe_temperatureW: float = option(20, "position encoding's temperature for x", low=1e-6)
-    num_classes: int | None = option(
-        None, "labels, C; by default what the checkpoint or the data say, 91 for COCO", low=1
-    )
-    pe_offset: float = option(0, "shift of the pixel counts that the position encoding embeds")
-    num_feature_levels: int = option(
-        4, "feature levels of deformable models; those the backbone lacks are made smaller", low=1
-    )
-    enc_n_points: int = option(4, "points that deformable encoder layers sample a level", low=1)
-    dec_n_points: int = option(4, "points that deformable decoder layers sample a level", low=1)
-    query_selection: str = option(
-        "static",
-        "queries of deformable models: static, learned; pure, from the encoder's tokens; mixed, "
-        "anchors from tokens and learned content",
-        choices=["static", "pure", "mixed"],
-    )
-    look_forward_twice: bool = option(False, "a layer's box trains the layer before it, too")
-    dec_pred_class_embed_share: bool = option(False, "one class head for all decoder layers")
-    dec_pred_bbox_embed_share: bool = option(False, "one box head for all decoder layers")
-    two_stage_class_embed_share: bool = option(False, "DINO: encoder and decoder share class heads")
-    two_stage_bbox_embed_share: bool = option(False, "DINO: encoder and decoder share box heads")
-    num_select: int = option(300, "detections kept of an image", low=1)
-    nms_iou_threshold: float = option(
-        -1, "IoU above which NMS, over all classes, drops the worse detection; -1: no NMS", high=1
-    )
-
-
-@dataclass
-class DenoisingOptions:
-    """denoising (DN-DETR, DINO)"""
-
-    use_dn: bool = option(False, "train with denoising queries")
-    contrastive: bool = option(
-        False, "add objects moved too far, to be rejected; noise moves corners (DINO)"
-    )
-    dn_number: int = option(
-        5,
-        "denoising groups; from 100 on, roughly the number of denoising queries instead; DINO "
-        "doubles it; 0: no denoising",
-        low=0,
-    )
-    dn_labelbook_size: int | None = option(
-        None, "DINO: labels that denoising can embed; by default num_classes", low=1
-    )
-    dn_label_noise_ratio: float = option(0.2, "part of the labels drawn anew", low=0, high=1)
-    dn_box_noise_scale: float = option(0.4, "box noise, 1 reaching the box's own edge", low=0)
-    dn_num_boxes: str = option(
-        "process",
-        "what divides denoising losses: the objects of the process itself, as in DN-DETR, or their "
-        "mean over all processes, as in DINO",
-        choices=["process", "mean"],
-    )
-
-
-@dataclass
-class LossOptions:
-    """matching and losses"""
-
-    set_cost_class: float = option(2.0, "matching cost of the class", low=0)
-    set_cost_bbox: float = option(5.0, "matching cost of the L1 distance", low=0)
-    set_cost_giou: float = option(2.0, "matching cost of the GIoU", low=0)
-    cls_loss_coef: float = option(1.0, "weight of the focal loss", low=0)
-    bbox_loss_coef: float = option(5.0, "weight of the L1 loss", low=0)
-    giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0)
-    focal_alpha: float = option(0.25, "alpha of the focal loss", low=0, high=1)
-    aux_loss: bool = option(True, "losses on every decoder layer, not on the last alone")
-    interm_loss_coef: float = option(
-        1.0, "weight of the losses on the encoder tokens that queries are selected from", low=0
-    )
-    no_interm_box_loss: bool = option(False, "no box losses on those tokens")
 
 
 @dataclass
@@ -351,80 +221,23 @@ class RunOptions:
 
 
 @dataclass
-class Config(RunOptions, TrainingOptions, DataOptions, LossOptions, DenoisingOptions, ModelOptions):
+class Config(RunOptions, TrainingOptions, DataOptions, DetectorOptions):
     """All options of a run, checked. Made by `load_config` or `parse_command_line`."""
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            check_limits(f, getattr(self, f.name))
-        self.use_dn = self.use_dn and self.dn_number > 0
-        check_backbone(self.backbone, self.dilation)
-        name, levels = self.modelname, len(self.return_interm_indices)
-        if self.hidden_dim % self.nheads or self.hidden_dim % 4:
-            wanted = f"a multiple of 4 and of nheads, {self.nheads}"
-            raise UserError(f"hidden_dim: {self.hidden_dim} is not {wanted}")
-        if self.use_dn and not name.startswith(("dn_", "dino")):
-            raise UserError(f"use_dn: {name} has no denoising part; use -m dn_{name}")
-        if not self.data_aug_scales or not levels:
-            raise UserError("data_aug_scales and return_interm_indices need at least one number")
-        is_dense = name in ("dab_detr", "dn_dab_detr") or "only" in name
-        if is_dense and (self.query_selection != "static" or self.look_forward_twice):
-            raise UserError(f"query_selection, look_forward_twice: {name} has neither; use dino")
-        if self.num_patterns and not is_dense:
-            raise UserError(f"num_patterns: {name} has none; use a dense decoder, say dn_dab_detr")
-        if self.random_refpoints_xy and self.query_selection != "static":
-            raise UserError(
-                f"random_refpoints_xy: anchors are not learned with {self.query_selection} "
-                "query_selection; use static"
-            )
-        book, labels = self.dn_labelbook_size, self.num_classes
-        if self.use_dn and book and labels and book < labels:
-            raise UserError(
-                f"dn_labelbook_size: {book} is less than the {labels} labels of num_classes"
-            )
-        if self.num_feature_levels < levels:
-            few = f"{self.num_feature_levels} is less than the {levels} levels"
-            raise UserError(f"num_feature_levels: {few} of return_interm_indices")
+        super().__post_init__()
+        if not self.data_aug_scales:
+            raise UserError("data_aug_scales needs at least one number")
         for other in ("multi_step_lr", "drop_lr_now", "override_resumed_lr_drop"):
             if self.onecyclelr and getattr(self, other):
                 raise UserError(f"onecyclelr and {other} exclude each other")
         if self.overwrite and self.resume == "auto":
-            raise UserError("overwrite begins anew, resume auto goes on: give one of them")
+            raise UserError("overwrite starts anew, resume auto resumes: give one of them")
 
 
-GROUPS = Config.__bases__[::-1]  # in the order of --help
+GROUPS = (ModelOptions, DenoisingOptions, LossOptions, DataOptions, TrainingOptions, RunOptions)
 METAVARS = {bool: "BOOL", int: "N", float: "X", str: "TEXT"}
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-
-
-def check_backbone(name: str, dilation: bool) -> None:
-    if name.startswith("timm/"):
-        import timm  # slow to import, and few need it
-
-        if not timm.is_model(name.removeprefix("timm/")):
-            known = [f"timm/{m}" for m in timm.list_models()]
-            raise UserError(f"backbone: timm has no model {name}{nearest(name, known)}")
-    elif name not in BACKBONES:
-        raise UserError(f"backbone: unknown {name}{nearest(name, BACKBONES)} Or use timm/NAME")
-    elif dilation and name not in DILATED:
-        raise UserError(f"dilation: {name} has no dilated last stage (DC5), resnet50 has")
-
-
-def check_limits(f: dataclasses.Field, value: Any) -> None:
-    choices, low, high = f.metadata["choices"], f.metadata["low"], f.metadata["high"]
-    for v in value if isinstance(value, list) else [value]:
-        if choices and v not in choices:
-            known = f"{', '.join(choices)}{nearest(v, choices)}"
-            raise UserError(f"{f.name}: {v!r} is not one of {known}")
-        if isinstance(v, int | float) and not low <= v <= high:
-            wrong = f"more than {high}" if v > high else f"less than {low}"
-            raise UserError(f"{f.name}: {v} is {wrong}")
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """', did you mean ...?' for a misspelt name, or nothing."""
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def parse_value(name: str, value: Any) -> Any:
@@ -504,29 +317,25 @@ def known_name(name: str, where: str) -> str | None:
     raise UserError(f"{where}: unknown option {name}{nearest(name, [*FIELDS, *ALIASES])}")
 
 
-def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The assignments of a config file, over those of the file or files that its `_base_` names,
-    the later of which are over the earlier."""
+def find_config_file(path: str | Path) -> Path:
+    """A config file by its path, also relative to the repository, or by its path in DINO's
+    repository. UserError with the nearest name."""
     path = Path(path)
     if not path.exists() and not path.is_absolute() and (CONFIG_DIR.parent / path).exists():
         path = CONFIG_DIR.parent / path
     if not path.exists() and path.name in RELEASED_CONFIGS:
         ours = CONFIG_DIR / f"{RELEASED_CONFIGS[path.name]}.py"
-        logger.info("%s is not there; taking configs/%s, the same settings", path, ours.name)
+        logger.info("%s does not exist; using configs/%s, the same settings", path, ours.name)
         path = ours
-    try:
-        assigned = runpy.run_path(str(path))
-    except FileNotFoundError:
+    if not path.exists():
         known = [str(p.relative_to(CONFIG_DIR.parent)) for p in CONFIG_DIR.rglob("*.py")]
-        raise UserError(f"{path}: no such config file{nearest(str(path), known)}") from None
-    except Exception as e:
-        raise UserError(f"{path}: not a config file: {type(e).__name__}: {e}") from e
-    values = {}
-    bases = assigned.get("_base_", [])
-    for base in [bases] if isinstance(bases, str) else bases:
-        values |= read_config_file(path.parent / base)
-    own = {name: value for name, value in assigned.items() if not name.startswith("_")}
-    return resolve_selection(values | parse_values(own, str(path)))
+        raise UserError(f"{path}: no such config file{nearest(str(path), known)}")
+    return path
+
+
+def merge_config(base: dict[str, Any], own: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The parsed options of base files, and over them the assignments of the file at `path`."""
+    return resolve_selection(base | parse_values(own, str(path)))
 
 
 def parse_values(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -568,8 +377,10 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
 
 def make_config(path: str | Path | None, overrides: dict[str, Any]) -> Config:
     """As `load_config`, with overrides that are parsed already."""
-    values = (read_config_file(path) if path else {}) | overrides
-    return Config(**resolve_selection(IMPLIED.get(values.get("modelname"), {}) | values))
+    values = read_assignments(find_config_file(path), merge_config) if path else {}
+    values |= overrides
+    name = values.get("modelname", FIELDS["modelname"].default)
+    return Config(**resolve_selection(find_model(name).detector.implied | values))
 
 
 class Parser(argparse.ArgumentParser):
@@ -622,12 +433,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def parse_command_line(argv: Sequence[str] | None = None) -> Config:
     """The config a command line asks for; `--help` prints and exits, mistakes are UserErrors."""
-    models = ", ".join(f"{m} = configs/{c}.py" for m, c in MODELS.items())
+    models = ", ".join(f"{m} = configs/{spec.config}.py" for m, spec in MODELS.items())
     parser = Parser(
         prog="main.py",
         usage="main.py [-m NAME | -c FILE] [--OPTION VALUE ...]",
         description="Train and evaluate DAB-DETR, DN-DETR and DINO on data in COCO format.",
-        epilog=f"-m NAME alone means that model's published settings: {models}",
+        epilog=f"-m NAME alone means that model's published settings: {models}. "
+        f"Backbones: {', '.join(BACKBONES)}.",
         allow_abbrev=False,
     )
     add_options(parser)
@@ -655,8 +467,5 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Config:
             values["modelname"] = WITH_DENOISING[name]
             logger.info("-m %s with --use_dn is taken as %s", name, values["modelname"])
             name = values["modelname"]
-        if name not in MODELS:
-            near = nearest(name, list(MODELS))
-            raise UserError(f"-m: there is no model {name}{near} Known: {', '.join(MODELS)}")
-        path = path or CONFIG_DIR / f"{MODELS[name]}.py"
+        path = path or CONFIG_DIR / f"{find_model(name).config}.py"
     return make_config(path, values)

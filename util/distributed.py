@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UserError
+from models.errors import UserError
 
 T = TypeVar("T")
 

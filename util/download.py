@@ -14,7 +14,7 @@ from urllib.request import urlopen
 import torch
 from tqdm import tqdm
 
-from .errors import UserError
+from models.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +22,10 @@ CHUNK = 2**20
 TIMEOUT = 60  # seconds without a byte
 
 
-def is_url(path: str | os.PathLike) -> bool:
-    return re.match(r"https?://", os.fspath(path)) is not None
+def local_file(path: str | os.PathLike) -> Path:
+    """The path, or for a URL the downloaded file."""
+    is_url = re.match(r"https?://", os.fspath(path))
+    return download(os.fspath(path)) if is_url else Path(path)
 
 
 def download(url: str) -> Path:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .errors import UserError
+from models.errors import UserError
 
 logger = logging.getLogger(__name__)
 

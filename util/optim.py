@@ -75,7 +75,8 @@ class Muon(torch.optim.AdamW):
 
 
 def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
-    """Trainable parameters in groups of one learning rate and weight decay each.
+    """Trainable parameters in groups of one learning rate and weight decay each. A rate of 0
+    freezes the backbone.
 
     `param_dict_type`: "default" gives the backbone its own rate; "ddetr_in_mmdet" besides slows
     reference points and sampling offsets down; "large_wd" instead spares what has "norm" or "bias"
@@ -99,6 +100,8 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
 
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if name.startswith("backbone.") and cfg.lr_backbone == 0:
+            parameter.requires_grad_(False)
         if parameter.requires_grad:
             groups.setdefault(settings(name, parameter), []).append(parameter)
     return [

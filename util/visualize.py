@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from util.errors import UserError
+from models.errors import UserError
 
 SMALLEST = 640  # a smaller image is enlarged until its longer side has so many pixels
 MARGIN = 8  # pixels round the pictures of `side_by_side`

@@ -1,21 +1,31 @@
 """ConvNeXt (Liu et al. 2022) as a backbone, under the names of the authors' checkpoints.
 
-Without stochastic depth, which DINO's released training leaves out here.
+Without stochastic depth, which DINO's released training does not use here.
 """
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from util.nested_tensor import NestedTensor
+from ..options import ModelOptions
+from .base import Backbone, run_blocks
 
-from .backbone import resize_mask, run_blocks
 
-# Width and blocks of each stage.
-CONVNEXTS = {"convnext_xlarge_22k": ((256, 512, 1024, 2048), (3, 3, 27, 3))}
+class Variant(NamedTuple):
+    dims: tuple[int, ...]  # width of each stage
+    depths: tuple[int, ...]  # blocks of each stage
+    weights_file: str  # of the authors
+
+
+VARIANTS = {
+    "convnext_xlarge_22k": Variant(
+        (256, 512, 1024, 2048), (3, 3, 27, 3), "convnext_xlarge_22k_224.pth"
+    )
+}
 
 
 class Block(nn.Module):
@@ -36,17 +46,16 @@ class Block(nn.Module):
         return x + y.permute(0, 3, 1, 2)
 
 
-class ConvNeXt(nn.Module):
-    """The ConvNeXt of a released name; `levels` count from 1 (stride 4) to 4 (stride 32).
+class ConvNeXt(Backbone):
+    """The ConvNeXt of a released name.
 
     Released models have an output norm for every level; that of an unused one gets zero gradients.
-    `use_checkpoint` saves memory in training by computing every block twice.
     """
 
-    def __init__(self, name: str, levels: list[int], use_checkpoint: bool):
+    def __init__(self, options: ModelOptions, levels: list[int]):
         super().__init__()
-        dims, depths = CONVNEXTS[name]
-        self.levels, self.use_checkpoint = levels, use_checkpoint
+        dims, depths, _ = VARIANTS[options.backbone]
+        self.levels, self.recompute = levels, options.use_checkpoint
         self.num_channels = [dims[level - 1] for level in levels]
         stem = nn.Sequential(nn.Conv2d(3, dims[0], kernel_size=4, stride=4), LayerNorm2d(dims[0]))
         self.downsample_layers = nn.ModuleList([stem])
@@ -63,20 +72,16 @@ class ConvNeXt(nn.Module):
         for stage, dim in enumerate(dims):
             self.add_module(f"norm{stage}", LayerNorm2d(dim))
 
-    def forward(self, images: NestedTensor) -> list[NestedTensor]:
-        """Images (B, 3, H, W) -> a feature map (B, C, H / stride, W / stride) and mask a level."""
-        x = images.tensors
-        features, nothing = [], 0.0
-        for stage, (downsample, blocks) in enumerate(
-            zip(self.downsample_layers, self.stages, strict=True)
-        ):
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        x, maps, unused = images, [], torch.zeros(())
+        stages = zip(self.downsample_layers, self.stages, strict=True)
+        for stage, (downsample, blocks) in enumerate(stages):
             if stage < max(self.levels):
-                x = run_blocks(blocks, downsample(x), twice=self.use_checkpoint and self.training)
+                x = run_blocks(blocks, downsample(x), self.recompute and self.training)
             norm = self.get_submodule(f"norm{stage}")
             if stage + 1 in self.levels:
-                feature = norm(x)
-                features.append(NestedTensor(feature, resize_mask(images.mask, feature)))
+                maps.append(norm(x))
             else:  # DDP waits for every parameter's gradient
-                nothing = nothing + 0 * (norm.weight.sum() + norm.bias.sum())
-        features[-1].tensors = features[-1].tensors + nothing
-        return features
+                unused = unused + 0 * (norm.weight.sum() + norm.bias.sum())
+        maps[-1] = maps[-1] + unused
+        return maps

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,3 +38,8 @@ def nested_tensor_from_tensor_list(images: Sequence[Tensor]) -> NestedTensor:
         tensors[i, :, :h, :w] = image
         mask[i, :h, :w] = False
     return NestedTensor(tensors, mask)
+
+
+def resize_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """The padding mask (B, H, W) at the size of the feature map `like`, nearest neighbour."""
+    return F.interpolate(mask[None].float(), size=like.shape[-2:]).bool()[0]

@@ -1,0 +1,38 @@
+"""What every backbone is: an image batch in, feature maps of the chosen stages out."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..nested_tensor import NestedTensor, resize_mask
+
+
+class Backbone(nn.Module):
+    """Levels count from 1, the first stage (stride 4), to 4 (stride 32).
+
+    `num_channels` lists the channels of the chosen levels, in the order of `feature_maps`.
+    """
+
+    num_channels: list[int]
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W) -> a map (B, C, H / stride, W / stride) of every chosen level."""
+        raise NotImplementedError
+
+    def forward(self, images: NestedTensor) -> list[NestedTensor]:
+        """The feature maps, each with the padding mask at its size."""
+        maps = self.feature_maps(images.tensors)
+        return [NestedTensor(x, resize_mask(images.mask, x)) for x in maps]
+
+    def pretrained_part(self) -> nn.Module:
+        """The module whose names a file of pretrained weights has."""
+        return self
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool) -> Tensor:
+    """x through all blocks; with `recompute`, activations are computed again in the backward pass
+    and not kept for it."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+    return x

@@ -1,0 +1,57 @@
+"""ResNets (He et al. 2015), torchvision's, with the norms and the frozen stem of DETR."""
+
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from ..options import ModelOptions
+from .base import Backbone
+
+NORMS = {
+    "FrozenBatchNorm2d": FrozenBatchNorm2d,
+    "BatchNorm2d": nn.BatchNorm2d,
+    "SyncBatchNorm": nn.SyncBatchNorm,
+}
+
+
+class ResNet(Backbone):
+    """One of torchvision's ResNets by its name there, its layers as `body`.
+
+    With pretrained weights the stem and the first stage are frozen, as published.
+    """
+
+    def __init__(self, options: ModelOptions, levels: list[int]):
+        super().__init__()
+        small = options.backbone in ("resnet18", "resnet34")  # basic blocks, without dilation
+        dilation = (
+            {} if small else {"replace_stride_with_dilation": [False, False, options.dilation]}
+        )
+        norm = NORMS[options.batch_norm_type]
+        resnet = torchvision.models.get_model(options.backbone, norm_layer=norm, **dilation)
+        self.body = nn.ModuleDict()
+        for name, layer in resnet.named_children():
+            self.body[name] = layer
+            if name == f"layer{max(levels)}":
+                break
+        self.levels = levels
+        self.num_channels = [(64 if small else 256) * 2 ** (level - 1) for level in levels]
+        if options.pretrained_backbone:
+            freeze_stem(self.body)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        x, maps = images, []
+        for name, layer in self.body.items():
+            x = layer(x)
+            if name in (f"layer{level}" for level in self.levels):
+                maps.append(x)
+        return maps
+
+    def pretrained_part(self) -> nn.Module:
+        return self.body
+
+
+def freeze_stem(body: nn.Module) -> None:
+    """Exclude the stem and the first stage, by their names in a ResNet, from training."""
+    for name, parameter in body.named_parameters():
+        if name.startswith(("conv1", "bn1", "layer1")):
+            parameter.requires_grad_(False)

@@ -1,0 +1,62 @@
+"""From options to a detector, its losses and its post-processing."""
+
+from pathlib import Path
+from typing import Any
+
+from .backbones import build_backbone
+from .class_map import COCO_NUM_CLASSES
+from .criterion import SetCriterion, loss_weights
+from .detector import Detector
+from .dn_components import standard_terms
+from .errors import UserError, nearest
+from .matcher import HungarianMatcher
+from .options import DetectorOptions, read_assignments
+from .postprocess import PostProcess
+from .registry import find_model
+
+CONFIG_DIRS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
+
+
+def load_options(config: str | Path, **overrides: Any) -> DetectorOptions:
+    """The options that a config says of its detector; see `read_config`. `overrides` win.
+
+    UserError for a config that does not exist and for a value outside its limits.
+    """
+    return DetectorOptions.of(read_config(config), **overrides)
+
+
+def read_config(config: str | Path) -> dict[str, Any]:
+    """All that a config says: a published one by its name, `dino_4scale_r50`, or a file."""
+    path = Path(config)
+    if not path.suffix:
+        directory = next(d for d in CONFIG_DIRS if d.exists())  # inside the package, or beside it
+        path = directory / f"{config}.py"
+        if not path.exists():
+            known = [str(p.relative_to(directory).with_suffix("")) for p in directory.rglob("*.py")]
+            raise UserError(f"config: there is no {config}{nearest(str(config), known)}")
+    values = read_assignments(path)
+    return find_model(values.get("modelname", "")).detector.implied | values
+
+
+def build_model(
+    options: DetectorOptions | str | Path, **overrides: Any
+) -> tuple[Detector, SetCriterion, PostProcess]:
+    """Build a detector with random weights, its losses and its post-processing.
+
+    Args:
+        options: a `DetectorOptions` or a run's config, which is one; or what `load_options` takes.
+        overrides: options that win over these. `num_classes` None stands for COCO's 91.
+    """
+    if isinstance(options, str | Path):
+        options = load_options(options)
+    given = vars(options) | overrides
+    options = DetectorOptions.of(given | {"num_classes": given["num_classes"] or COCO_NUM_CLASSES})
+    model = find_model(options.modelname).detector(options, build_backbone(options))
+    terms = standard_terms(options.focal_alpha)
+    matcher = HungarianMatcher(
+        options.set_cost_class, options.set_cost_bbox, options.set_cost_giou, options.focal_alpha
+    )
+    token_suffix = "" if options.query_selection == "static" else model.token_losses
+    weights = loss_weights(options, terms, options.dec_layers, options.use_dn, token_suffix)
+    criterion = SetCriterion(matcher, terms, weights, options.dn_num_boxes)
+    return model, criterion, PostProcess(options.num_select, options.nms_iou_threshold)

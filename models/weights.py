@@ -1,0 +1,222 @@
+"""Weights from files into models: no code run from a file, and all of the weights or none."""
+
+import os
+import pickle
+import re
+import stat
+import warnings
+import zipfile
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from .backbones import Backbone, find_backbone
+from .backbones.timm_model import PREFIX
+from .errors import UserError
+
+NAMES_SHOWN = 20
+STEP_COUNTER = "num_batches_tracked"  # of BatchNorm; frozen norms and old files have none
+ZIP_HEAD, PICKLE_HEAD = b"PK\x03\x04", b"\x80"  # torch.save's format, and its format before 1.6
+
+
+def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict:
+    """The dict in a file of any torch.save since PyTorch 0.4, its tensors on the CPU.
+
+    Nothing in the file is executed: only tensors, plain containers and argparse.Namespace are
+    built. UserError if the file is missing, damaged, no checkpoint, or contains anything else.
+    `verify` compares checksums, which torch does not: an incomplete download would load. Tensors
+    are memory-mapped where the format allows, so that unused ones take no memory; replacing the
+    file in the meantime is safe, writing into it is not.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
+            raise UserError(f"{path}: is a directory or no regular file; name the file itself")
+        with open(path, "rb") as file:
+            head = file.read(4)
+        if not head:
+            raise UserError(f"{path}: is empty; copy or download it again")
+        if not head.startswith((ZIP_HEAD, PICKLE_HEAD)):
+            raise UserError(f"{path}: not a checkpoint; name a file that torch.save wrote")
+        mmap = head == ZIP_HEAD
+        if verify and mmap:
+            with zipfile.ZipFile(path) as archive:
+                # All checksums are zero where torch.save was told to compute none.
+                if any(record.CRC for record in archive.infolist()) and (bad := archive.testzip()):
+                    raise ValueError(f"wrong checksum of {bad}")
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is reported below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not isinstance(checkpoint, dict):
+            kind = type(checkpoint).__name__
+            raise UserError(f"{path}: holds a {kind}, not a dict; name a checkpoint file")
+        return checkpoint
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        message = str(error)
+        if wanted := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message):
+            reason = f"it wants {wanted[1]}"
+        else:  # torch's own reason is the last paragraph but one, between two of general advice
+            reason = message.split("\n\n")[-2:][0].splitlines()[0]
+        raise UserError(
+            f"{path}: refused, nothing of it was executed: {reason}; a checkpoint may hold only "
+            "tensors, plain containers and argparse.Namespace: ask its authors for such a file"
+        ) from error
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{path}: {error.strerror}; check the path and its permissions") from error
+    except Exception as error:  # a damaged file may raise anything: KeyError, OSError, ...
+        reason = re.split(r"\.\s|\n", f"{type(error).__name__}: {error}")[0].strip(": ")
+        problem = f"truncated, corrupt or not a checkpoint ({reason})"
+        raise UserError(f"{path}: {problem}; copy or download it again") from error
+
+
+@dataclass
+class LoadReport:
+    """What `load_weights` did: the number of names in the model that were set, and the names that
+    were not.
+
+    `mismatched` entries are "name: reason", with both shapes; `ignored` are names in the file.
+    """
+
+    loaded: int = 0
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"loaded: {self.loaded}"]
+        for kind in ("missing", "unexpected", "mismatched", "ignored"):
+            if names := getattr(self, kind):
+                lines += [f"{kind}: {len(names)}", *(f"  {name}" for name in names[:NAMES_SHOWN])]
+                if len(names) > NAMES_SHOWN:
+                    lines.append(f"  ... and {len(names) - NAMES_SHOWN} more")
+        return "\n".join(lines)
+
+
+def load_weights(
+    model: nn.Module,
+    path_or_dict: str | os.PathLike | Mapping,
+    *,
+    strict: bool = True,
+    ignore: Iterable[str] = (),
+    source: str = "the state dict",
+) -> LoadReport:
+    """Copies a checkpoint's weights into `model`, converting their dtype to the model's.
+
+    The state dict is the entry "model", "ema_model" or "state_dict", or the dict itself.
+    ignore: every tensor with a name that contains one of these keeps the model's own values.
+    source: the name of a dict in error messages; that of a file is its path.
+    strict: if a name is missing, unexpected or has another shape, nothing is loaded, and the
+        UserError lists all of these. Otherwise what fits is loaded and the rest is reported.
+
+    One name is enough for a tensor that the model lists under several (shared heads); names that
+    disagree about its value are mismatched.
+    """
+    if isinstance(path_or_dict, Mapping):
+        checkpoint = path_or_dict
+    else:
+        source, checkpoint = os.fspath(path_or_dict), read_checkpoint(path_or_dict)
+    theirs = _without_prefix(_find_state_dict(checkpoint, source))
+    state = model.state_dict(keep_vars=True)  # the tensors themselves: shared ones are identical
+    ours = _without_prefix(state)
+    keywords = tuple(ignore)
+    is_ignored = lambda name: any(keyword in name for keyword in keywords)
+    # A shared tensor is ignored under all of its names, or another one would still load it.
+    kept = {id(tensor) for name, tensor in ours.items() if is_ignored(name)}
+    seen, fits, report = set(kept), {}, LoadReport()
+    for name, value in theirs.items():
+        target = ours.get(name)
+        seen.add(id(target))
+        if id(target) in kept or is_ignored(name):
+            report.ignored.append(name)
+        elif target is None:
+            if not name.endswith(STEP_COUNTER):
+                report.unexpected.append(name)
+        elif value.shape != target.shape:
+            shapes = f"{tuple(value.shape)} in the file, {tuple(target.shape)} in the model"
+            report.mismatched.append(f"{name}: {shapes}")
+        elif not _equal(value, fits.setdefault(id(target), value)):
+            report.mismatched.append(f"{name}: not shared in the file, shared in the model")
+    missing = (name for name, tensor in ours.items() if id(tensor) not in seen)
+    report.missing = [name for name in missing if not name.endswith(STEP_COUNTER)]
+    if strict and (report.missing or report.unexpected or report.mismatched):
+        problem = f"{source}: does not fit the model, nothing of it is used"
+        remedy = "choose the config and the options it was trained with"
+        raise UserError(f"{problem}; {remedy}\n{report}")
+    fitting = {name: fits[id(tensor)] for name, tensor in state.items() if id(tensor) in fits}
+    model.load_state_dict(fitting, strict=False)
+    report.loaded = len(fitting)
+    return report
+
+
+def _find_state_dict(checkpoint: Mapping, source: str) -> Mapping[str, Tensor]:
+    entries = (checkpoint.get(key) for key in ("model", "ema_model", "state_dict"))
+    state = next((entry for entry in entries if isinstance(entry, Mapping)), checkpoint)
+    pairs = state.items()
+    if not pairs or not all(isinstance(n, str) and isinstance(v, Tensor) for n, v in pairs):
+        places = "under 'model', 'ema_model' or 'state_dict', or as names and tensors alone"
+        raise UserError(f"{source}: holds no weights; they are expected {places}")
+    return state
+
+
+def num_classes_of(checkpoint: Mapping) -> int | None:
+    """The number of labels of the detector in a checkpoint: the rows of its class head."""
+    for name, tensor in _find_state_dict(checkpoint, "the checkpoint").items():
+        if re.search(r"(^|\.)class_embed\.(0\.)?weight$", name):
+            return len(tensor)
+    return None
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Without the "module." that DistributedDataParallel puts before every name."""
+    while state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Of two tensors of one shape; NaN equals NaN here."""
+    return a.data_ptr() == b.data_ptr() or torch.equal(*(t.double().nan_to_num() for t in (a, b)))
+
+
+def load_backbone(backbone: Backbone, name: str, path: str = "", directory: str = "") -> None:
+    """Load pretrained weights into a backbone, from a local file or from torchvision or timm.
+
+    `name` is the backbone's in the registry; for a Swin or a ConvNeXt the file that its authors
+    published is searched for in `directory`. What the file has beside the backbone's tensors, such
+    as the classifier, is ignored. UserError if there is no file, if the download fails, and if a
+    tensor of the backbone is not in the file or has another shape.
+    """
+    released_file, body = find_backbone(name).weights_file, backbone.pretrained_part()
+    remedy = "name a local file with --backbone_weights"
+    path = path or (os.path.join(directory, released_file) if released_file else "")
+    try:
+        if released_file and not os.path.exists(path):
+            remedy = "put its authors' file into --backbone_dir, name one with --backbone_weights"
+            raise FileNotFoundError(f"{path} is not there")
+        if name.startswith(PREFIX):
+            options: dict[str, Any] = {"out_indices": body.feature_info.out_indices}
+            options["pretrained_cfg_overlay"] = {"file": path} if path else None
+            timm_name = name.removeprefix(PREFIX)
+            model = timm.create_model(timm_name, pretrained=True, features_only=True, **options)
+            source = model.state_dict()
+        elif path:
+            source = _find_state_dict(read_checkpoint(path), path)
+        else:
+            source = torchvision.models.get_model(name, weights="IMAGENET1K_V1").state_dict()
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        problem = f"backbone: no pretrained weights for {name} ({str(error).splitlines()[0]})"
+        remedy += ", or train without with --no_pretrained_backbone"
+        raise UserError(f"{problem}; {remedy}") from error
+    ours = body.state_dict()
+    # The norms of the feature maps were added for detection; a classifier's file has none.
+    found = {k: v for k, v in ours.items() if released_file and re.match(r"norm\d\.", k)}
+    found |= {k: v for k, v in source.items() if k in ours}
+    load_weights(body, found, source=path or f"pretrained {name}")
