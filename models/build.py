@@ -5,9 +5,8 @@ from typing import Any
 
 from .backbones import build_backbone
 from .class_map import COCO_NUM_CLASSES
-from .criterion import SetCriterion, loss_weights
+from .criterion import SetCriterion, loss_weights, standard_terms
 from .detector import Detector
-from .dn_components import standard_terms
 from .errors import UserError, nearest
 from .matcher import HungarianMatcher
 from .options import DetectorOptions, read_assignments
@@ -52,7 +51,7 @@ def build_model(
     given = vars(options) | overrides
     options = DetectorOptions.of(given | {"num_classes": given["num_classes"] or COCO_NUM_CLASSES})
     model = find_model(options.modelname).detector(options, build_backbone(options))
-    terms = standard_terms(options.focal_alpha)
+    terms = standard_terms(options)
     matcher = HungarianMatcher(
         options.set_cost_class, options.set_cost_bbox, options.set_cost_giou, options.focal_alpha
     )

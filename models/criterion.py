@@ -1,16 +1,40 @@
 """The losses of all decoder layers, of the tokens that queries are selected from, of denoising."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .detector import LayerOutputs, Outputs
-from .dn_components import Assignment, LossTerm, by_layer, denoising_losses
+from .dn_components import Assignment, by_layer, focal_loss, giou_loss, l1_loss
 from .matcher import HungarianMatcher
 from .options import LossOptions
 
 Targets = Sequence[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A loss: its name in `weight_dict`, the option that weights it, how an assignment's losses
+    (L,) are computed, not yet divided by the number of objects, and the parts that it applies to:
+    the decoder's matching queries, the tokens that queries are selected from, denoising queries.
+    """
+
+    name: str
+    weight_option: str
+    compute: Callable[[Assignment], Tensor]
+    parts: tuple[str, ...] = ("decoder", "tokens", "denoising")
+
+
+def standard_terms(options: LossOptions) -> list[LossTerm]:
+    """The losses of all published models."""
+    return [
+        LossTerm("loss_ce", "cls_loss_coef", partial(focal_loss, alpha=options.focal_alpha)),
+        LossTerm("loss_bbox", "bbox_loss_coef", l1_loss),
+        LossTerm("loss_giou", "giou_loss_coef", giou_loss),
+    ]
 
 
 class SetCriterion(nn.Module):
@@ -64,7 +88,7 @@ class SetCriterion(nn.Module):
             sizes = {"dn_groups": dn.num_groups, "dn_queries": dn.num_queries}
             losses |= {k: torch.full_like(losses["loss_ce"], n) for k, n in sizes.items()}
             dn_boxes = num_boxes if self.dn_num_boxes == "mean" else None
-            losses |= denoising_losses(dn, self.terms, dn_boxes)
+            losses |= self.losses(dn, "denoising", dn.divisor(dn_boxes), "_dn")
         return losses
 
     def assign(self, layers: Sequence[LayerOutputs], targets: Targets) -> Assignment:
@@ -75,22 +99,16 @@ class SetCriterion(nn.Module):
         counts = torch.tensor([len(t["labels"]) for t in targets])
         image = torch.arange(len(targets)).repeat_interleave(counts).to(query.device)
         where = image, query.clamp(min=0)
-        return Assignment(
-            to_label=where,
-            labels=torch.cat([t["labels"] for t in targets]),
-            to_box=where,
-            boxes=torch.cat([t["boxes"] for t in targets]),
-            found=(query >= 0).float(),
-            pred_logits=logits,
-            pred_boxes=boxes,
-        )
+        labels, target_boxes = (torch.cat([t[k] for t in targets]) for k in ("labels", "boxes"))
+        found, predictions = (query >= 0).float(), (logits, boxes)
+        return Assignment(where, labels, where, target_boxes, None, found, *predictions)
 
     def losses(
         self, assignment: Assignment, part: str, num_boxes: float, suffix: str = ""
     ) -> dict[str, Tensor]:
         """{loss name: scalar} of the terms that apply to `part`."""
         terms = [term for term in self.terms if part in term.parts]
-        return by_layer({term.name + suffix: term(assignment) / num_boxes for term in terms})
+        return by_layer({t.name + suffix: t.compute(assignment) / num_boxes for t in terms})
 
 
 @torch.no_grad()

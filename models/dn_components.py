@@ -12,8 +12,8 @@ to restore it. These queries need no matching, so their targets are stable from 
 `prepare_for_cdn` instead of the first adds negatives: boxes with more noise, classified as
 background. Queries need not be boxes: `embed_boxes` turns noised boxes into whatever a detector
 uses as positions. This file needs torch and torchvision alone and works copied into another
-project, on any device and in any dtype. The loss terms, the generalized IoU and the inverse sigmoid
-at its end are those of the whole project.
+project, on any device and in any dtype. The losses, the generalized IoU and the inverse sigmoid are
+those of the whole project.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,52 +25,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
-EmbedBoxes = Callable[[Tensor], Tensor]
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
+    """log(x / (1 - x)), with x clamped to [0, 1] and both terms from below at `eps`."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Assignment:
     """Which queries are to restore which of N objects, and what L decoder layers predict.
 
     `to_label`, (image, query), are the queries that are to restore `labels`, `to_box` those that
-    are to restore `boxes`, mostly the same; they broadcast to (L, N). `found` is 0 for an object
-    without a query. The other queries, or those of them in `supervised`, are background.
+    are to restore `boxes`, mostly the same. All other queries, or those in `supervised`, are
+    background.
     """
 
     to_label: tuple[Tensor, Tensor]  # (N,) or (L, N) int64
     labels: Tensor  # (N,) int64
     to_box: tuple[Tensor, Tensor]  # (N,) or (L, N) int64
     boxes: Tensor  # (N, 4) cxcywh in [0, 1]
-    found: Tensor | None = None  # (L, N) 0 or 1; None: every object has a query
-    supervised: Tensor | None = None  # (B, Q) bool; None: all queries
+    supervised: Tensor | None = None  # (B, Q) bool
+    found: Tensor | None = None  # (L, N), 0 for an object without a query, else 1
     pred_logits: Tensor | None = None  # (L, B, Q, C)
     pred_boxes: Tensor | None = None  # (L, B, Q, 4) cxcywh in [0, 1]
 
-    def at(self, predictions: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
-        """(L, B, Q, n) -> (L, N, n), the predictions of the queries at `where`."""
-        return predictions[_of_layers(predictions, where)]
-
     @cached_property
     def predicted_boxes(self) -> Tensor:
-        """(L, N, 4), what is predicted for `boxes`, in float32."""
-        return self.at(self.pred_boxes, self.to_box).float()
-
-    def sum_found(self, losses: Tensor) -> Tensor:
-        """(L, N) -> (L,), over the objects that have a query."""
-        return (losses if self.found is None else losses * self.found).sum(1)
+        """(L, N, 4) float32, the predictions of `boxes`."""
+        return self.pred_boxes[(layers_of(self.pred_boxes), *self.to_box)].float()
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Denoising(Assignment):
     """The denoising queries of a batch; N counts groups * objects. `dn_post_process` fills in the
     predictions."""
 
-    num_groups: int
+    num_groups: int = 1
 
     @property
     def num_queries(self) -> int:
         """P, the length of the denoising part."""
         return self.supervised.shape[1]
+
+    def divisor(self, num_boxes: float | None = None) -> float:
+        """What its losses are divided by: `num_boxes` in every group, by default the objects."""
+        return max(len(self.labels), 1) if num_boxes is None else num_boxes * self.num_groups
 
 
 def add_label_noise(labels: Tensor, num_classes: int, ratio: float) -> Tensor:
@@ -127,7 +127,7 @@ def prepare_for_dn(
     num_groups: int = 5,
     label_noise_ratio: float = 0.2,
     box_noise_scale: float = 0.4,
-    embed_boxes: EmbedBoxes | None = None,
+    embed_boxes: Callable[[Tensor], Tensor] = inverse_sigmoid,
 ) -> tuple[Tensor, Tensor, Tensor | None, Denoising | None]:
     """Put denoising queries in front of the matching queries.
 
@@ -160,14 +160,8 @@ def prepare_for_dn(
     group_size = max(len(t["labels"]) for t in targets)
     num_groups = denoising_groups(num_groups, group_size)
     labels, boxes, where = _repeat(targets, num_groups, group_size, anchors)
-    dn = Denoising(
-        num_groups=num_groups,
-        to_label=where,
-        labels=labels,
-        to_box=where,
-        boxes=boxes,
-        supervised=_true_at(where, batch_size, num_groups * group_size),
-    )
+    supervised = _true_at(where, batch_size, num_groups * group_size)
+    dn = Denoising(where, labels, where, boxes, supervised, num_groups=num_groups)
     noisy_labels = add_label_noise(labels, label_enc.num_embeddings - 1, label_noise_ratio)
     known = label_enc(noisy_labels), add_box_noise(boxes, box_noise_scale)
     return _put_in_front(content, anchors, known, where, dn, embed_boxes)
@@ -183,7 +177,7 @@ def prepare_for_cdn(
     label_noise_ratio: float = 0.5,
     box_noise_scale: float = 1.0,
     num_classes: int | None = None,
-    embed_boxes: EmbedBoxes | None = None,
+    embed_boxes: Callable[[Tensor], Tensor] = inverse_sigmoid,
 ) -> tuple[Tensor, Tensor, Tensor | None, Denoising]:
     """Put contrastive denoising queries in front: every group has each object twice, as a positive,
     with little noise, which is to be restored, and as a negative, which is background.
@@ -199,16 +193,10 @@ def prepare_for_cdn(
     num_groups = denoising_groups(num_denoising, 2 * largest)
     labels, boxes, positive = _repeat(targets, num_groups, 2 * largest, anchors)
     image, query = positive
-    size, device = (len(anchors), num_groups * 2 * largest), anchors.device
-    dn = Denoising(
-        num_groups=num_groups,
-        to_label=positive,
-        labels=labels,
-        to_box=positive,
-        boxes=boxes,
-        # As released, the unused queries of images with fewer objects are background, too.
-        supervised=torch.ones(size, dtype=torch.bool, device=device),
-    )
+    # As released, the unused queries of images with fewer objects are background, too.
+    size = len(anchors), num_groups * 2 * largest
+    supervised = torch.ones(size, dtype=torch.bool, device=anchors.device)
+    dn = Denoising(positive, labels, positive, boxes, supervised, num_groups=num_groups)
     num_classes = num_classes or label_enc.num_embeddings - 1
     noisy_labels = add_label_noise(labels.repeat(2), num_classes, label_noise_ratio / 2)
     noisy_boxes = [add_corner_noise(boxes, box_noise_scale, negative) for negative in (False, True)]
@@ -245,15 +233,10 @@ def prepare_for_cdn_of_dn_detr(
     labels, boxes, where = _repeat(doubled, num_groups, group_size, anchors)
     is_object = torch.cat([torch.arange(2 * n) < n for n in counts]).repeat(num_groups).to(device)
     is_near = (torch.arange(2 * sum(counts)) < sum(counts)).repeat(num_groups).to(device)
-    image, query = where
-    dn = Denoising(
-        num_groups=num_groups,
-        to_label=(image[is_object], query[is_object]),
-        labels=labels[is_object],
-        to_box=(image[is_near], query[is_near]),
-        boxes=boxes[is_near],
-        supervised=_true_at(where, len(anchors), num_groups * group_size),
-    )
+    (image, query), supervised = where, _true_at(where, len(anchors), num_groups * group_size)
+    to_label = (image[is_object], query[is_object]), labels[is_object]
+    to_box = (image[is_near], query[is_near]), boxes[is_near]
+    dn = Denoising(*to_label, *to_box, supervised, num_groups=num_groups)
     background_label = label_enc.num_embeddings - 1
     noisy_labels = add_label_noise(labels, background_label, label_noise_ratio)
     noisy_labels = noisy_labels.masked_fill(~(is_object & is_near), background_label)
@@ -297,14 +280,14 @@ def _put_in_front(
     known: tuple[Tensor, Tensor],
     where: tuple[Tensor, Tensor],
     dn: Denoising,
-    embed_boxes: EmbedBoxes | None = None,
+    embed_boxes: Callable[[Tensor], Tensor] = inverse_sigmoid,
 ) -> tuple[Tensor, Tensor, Tensor | None, Denoising]:
     """Known label embeddings and boxes as queries before the matching ones, and the mask."""
     batch_size, num_matching, dim = content.shape
     dn_content = content.new_zeros(batch_size, dn.num_queries, dim)
     dn_content[where] = with_indicator(known[0], dim, 1.0).to(content.dtype)
     dn_anchors = anchors.new_zeros(batch_size, dn.num_queries, *anchors.shape[2:])
-    dn_anchors[where] = (embed_boxes or inverse_sigmoid)(known[1]).to(anchors.dtype)
+    dn_anchors[where] = embed_boxes(known[1]).to(anchors.dtype)
     content = torch.cat([dn_content, content], dim=1)
     anchors = torch.cat([dn_anchors, anchors], dim=1)
     if dn.num_queries == 0:
@@ -329,89 +312,52 @@ def dn_post_process(logits: Tensor, boxes: Tensor, dn: Denoising | None) -> tupl
 def compute_dn_loss(
     dn: Denoising | None, focal_alpha: float = 0.25, num_boxes: float | None = None
 ) -> dict[str, Tensor]:
-    """Focal, L1 and GIoU loss of the denoising queries of each decoder layer.
+    """Focal, L1 and GIoU loss of the denoising queries of each decoder layer, divided by
+    `num_boxes` x groups; `num_boxes` is by default the number of objects.
 
-    Divided by `num_boxes` times the groups; `num_boxes` is by default the number of objects.
     Named `loss_ce_dn`, `loss_bbox_dn`, `loss_giou_dn` for the last layer, with `_0`, `_1`, ... for
     those before it; weighted like the matching losses (1, 5, 2). Empty without `dn`.
     """
-    return {} if dn is None else denoising_losses(dn, standard_terms(focal_alpha), num_boxes)
+    if dn is None:
+        return {}
+    sums = {"ce": focal_loss(dn, focal_alpha), "bbox": l1_loss(dn), "giou": giou_loss(dn)}
+    return by_layer({f"loss_{k}_dn": total / dn.divisor(num_boxes) for k, total in sums.items()})
 
 
-# Loss terms
+def focal_loss(assignment: Assignment, alpha: float = 0.25) -> Tensor:
+    """Sigmoid focal loss (Lin et al. 2017), (L,), summed over queries and classes."""
+    logits = assignment.pred_logits.float()
+    onehot = torch.zeros_like(logits)
+    index = layers_of(logits), *assignment.to_label, assignment.labels
+    found = logits.new_ones(()) if assignment.found is None else assignment.found
+    onehot.index_put_(index, found, accumulate=True)
+    losses = sigmoid_focal_loss(logits, onehot, alpha)
+    if assignment.supervised is not None:
+        losses = losses * assignment.supervised[..., None]
+    return losses.sum((1, 2, 3))
 
 
-class LossTerm:
-    """A loss of an assignment, for every decoder layer: `term(assignment)` -> (L,), summed over
-    queries or objects and not yet divided by their number.
-
-    `name` is its name in `weight_dict`, `weight_option` the option with its weight. `parts` says
-    what it applies to: "decoder", the matching queries; "tokens", those that queries are selected
-    from; "denoising".
-    """
-
-    name: str
-    weight_option: str
-    parts: frozenset[str] = frozenset({"decoder", "tokens", "denoising"})
-
-    def __call__(self, assignment: Assignment) -> Tensor:
-        raise NotImplementedError
+def l1_loss(assignment: Assignment) -> Tensor:
+    """L1 distance of the cxcywh boxes, (L,), summed over objects."""
+    distance = (assignment.predicted_boxes - assignment.boxes.float()).abs().sum(-1)
+    return _sum_found(distance, assignment)
 
 
-class FocalLoss(LossTerm):
-    """Sigmoid focal loss (Lin et al. 2017) of all queries."""
-
-    name, weight_option = "loss_ce", "cls_loss_coef"
-
-    def __init__(self, alpha: float):
-        self.alpha = alpha
-
-    def __call__(self, assignment: Assignment) -> Tensor:
-        logits, found = assignment.pred_logits.float(), assignment.found
-        layer, image, query = _of_layers(logits, assignment.to_label)
-        onehot = torch.zeros_like(logits)
-        value = logits.new_ones(()) if found is None else found
-        index = layer, image, query, assignment.labels
-        onehot.index_put_(index, value, accumulate=True)
-        losses = sigmoid_focal_loss(logits, onehot, self.alpha)
-        if assignment.supervised is not None:
-            losses = losses * assignment.supervised[..., None]
-        return losses.sum((1, 2, 3))
+def giou_loss(assignment: Assignment) -> Tensor:
+    """1 - GIoU, (L,), summed over objects."""
+    pairs = assignment.predicted_boxes, assignment.boxes.float()
+    giou = generalized_box_iou(*(box_convert(boxes, "cxcywh", "xyxy") for boxes in pairs))
+    return _sum_found(1 - giou, assignment)
 
 
-class L1Loss(LossTerm):
-    """L1 distance of the boxes, cxcywh."""
-
-    name, weight_option = "loss_bbox", "bbox_loss_coef"
-
-    def __call__(self, assignment: Assignment) -> Tensor:
-        distance = assignment.predicted_boxes - assignment.boxes.float()
-        return assignment.sum_found(distance.abs().sum(-1))
+def _sum_found(losses: Tensor, assignment: Assignment) -> Tensor:
+    """(L, N) -> (L,), over the objects that have a query."""
+    return (losses if assignment.found is None else losses * assignment.found).sum(1)
 
 
-class GIoULoss(LossTerm):
-    """1 - GIoU of the boxes."""
-
-    name, weight_option = "loss_giou", "giou_loss_coef"
-
-    def __call__(self, assignment: Assignment) -> Tensor:
-        boxes = assignment.predicted_boxes, assignment.boxes.float()
-        corners = (box_convert(b, "cxcywh", "xyxy") for b in boxes)
-        return assignment.sum_found(1 - generalized_box_iou(*corners))
-
-
-def standard_terms(focal_alpha: float = 0.25) -> list[LossTerm]:
-    """The losses of all models here."""
-    return [FocalLoss(focal_alpha), L1Loss(), GIoULoss()]
-
-
-def denoising_losses(
-    dn: Denoising, terms: Sequence[LossTerm], num_boxes: float | None = None
-) -> dict[str, Tensor]:
-    """{released name: value} of the terms that apply to denoising; see `compute_dn_loss`."""
-    num = max(len(dn.labels), 1) if num_boxes is None else num_boxes * dn.num_groups
-    chosen = [term for term in terms if "denoising" in term.parts]
-    return by_layer({f"{term.name}_dn": term(dn) / num for term in chosen})
+def layers_of(predictions: Tensor) -> Tensor:
+    """(L, ...) -> (L, 1), the layers' numbers, to index the predictions with."""
+    return torch.arange(len(predictions), device=predictions.device)[:, None]
 
 
 def by_layer(losses: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -421,14 +367,6 @@ def by_layer(losses: dict[str, Tensor]) -> dict[str, Tensor]:
         *auxiliary, named[name] = values.unbind()
         named.update({f"{name}_{i}": value for i, value in enumerate(auxiliary)})
     return named
-
-
-def _of_layers(predictions: Tensor, where: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The index of `where` = (image, query) in each of the L layers of `predictions`."""
-    return torch.arange(len(predictions), device=predictions.device)[:, None], *where
-
-
-# Boxes
 
 
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -447,9 +385,3 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         torch.maximum(y2, v2) - torch.minimum(y1, v1)
     )
     return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
-
-
-def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
-    """log(x / (1 - x)), with x clamped to [0, 1] and both terms from below at `eps`."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

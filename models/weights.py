@@ -194,7 +194,7 @@ def load_backbone(backbone: Backbone, name: str, path: str = "", directory: str 
     as the classifier, is ignored. UserError if there is no file, if the download fails, and if a
     tensor of the backbone is not in the file or has another shape.
     """
-    released_file, body = find_backbone(name).weights_file, backbone.pretrained_part()
+    released_file, body = find_backbone(name).weights_file, getattr(backbone, "body", backbone)
     remedy = "name a local file with --backbone_weights"
     path = path or (os.path.join(directory, released_file) if released_file else "")
     try:

@@ -10,17 +10,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from models.convnext import CONVNEXTS
 
 from datasets.toy import make_toy_coco
 from main import main
-from models import build_backbone
+from models.backbones import build_backbone, convnext
 from models.errors import UserError
 from models.nested_tensor import nested_tensor_from_tensor_list
+from models.registry import MODELS
 from run import Run
 from tests.conftest import SMALL, Pair
 from tests.test_main import read_log
-from util.config import MODELS, Config, parse_command_line
+from util.config import Config, parse_command_line
 
 TINY = [
     *SMALL[2:],  # without its config: -m names the published one
@@ -109,7 +109,9 @@ def test_what_a_model_cannot_carry_is_refused(model: str):
 @pytest.mark.parametrize("name", ["swin_T_224_1k", "convnext_xlarge_22k"])
 def test_backbone_with_an_unused_last_stage(name: str, monkeypatch: pytest.MonkeyPatch):
     """Whatever trains in it has a gradient."""
-    monkeypatch.setitem(CONVNEXTS, "convnext_xlarge_22k", ((8, 12, 16, 20), (1, 1, 2, 1)))
+    monkeypatch.setitem(
+        convnext.VARIANTS, "convnext_xlarge_22k", convnext.Variant(8, (1, 1, 2, 1), "")
+    )
     backbone = build_backbone(Config(backbone=name, return_interm_indices=[1, 2]))
     features = backbone(nested_tensor_from_tensor_list([torch.randn(3, 64, 64)]))
     assert [x.tensors.shape[1] for x in features] == backbone.num_channels

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from models.errors import UserError
+from models.weights import LoadReport
 from util.checkpoint import (
-    LoadReport,
     latest_checkpoint,
     load_weights,
     read_checkpoint,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from models.errors import UserError
-from util.config import CONFIG_DIR, MODELS, load_config, parse_command_line
+from models.registry import MODELS
+from util.config import CONFIG_DIR, load_config, parse_command_line
 
 
 def parse(line: str):

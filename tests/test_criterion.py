@@ -5,21 +5,27 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import box_convert
 from torchvision.ops import generalized_box_iou as torchvision_giou
 
-from models.criterion import SetCriterion
+from models.criterion import LossTerm, SetCriterion, loss_weights, standard_terms
 from models.dn_components import (
-    box_cxcywh_to_xyxy,
-    box_losses,
-    box_xyxy_to_cxcywh,
+    compute_dn_loss,
     generalized_box_iou,
     inverse_sigmoid,
+    prepare_for_dn,
 )
 from models.matcher import HungarianMatcher
+from models.options import LossOptions
 from util.matching_log import MatchingLog
 
 L, B, Q, C = 3, 2, 5, 4
 MATCHER = HungarianMatcher(2, 5, 2, 0.25)
+TERMS = standard_terms(LossOptions())
+
+
+def corners(boxes: torch.Tensor) -> torch.Tensor:
+    return box_convert(boxes, "cxcywh", "xyxy")
 
 
 def random_boxes(*shape: int) -> torch.Tensor:
@@ -36,11 +42,10 @@ def make_outputs(logits: torch.Tensor, boxes: torch.Tensor) -> dict:
 
 
 def test_giou_equals_torchvision():
-    a, b = (box_cxcywh_to_xyxy(random_boxes(n).double()) for n in (40, 30))
+    a, b = (corners(random_boxes(n).double()) for n in (40, 30))
     expected = torchvision_giou(a, b)
     torch.testing.assert_close(generalized_box_iou(a[:, None], b[None]), expected)
-    _, paired = box_losses(box_xyxy_to_cxcywh(a[:30]), box_xyxy_to_cxcywh(b))
-    torch.testing.assert_close(paired, 1 - expected.diagonal())
+    torch.testing.assert_close(generalized_box_iou(a[:30], b), expected.diagonal())
 
 
 def test_degenerate_boxes_assert_nothing():
@@ -62,7 +67,7 @@ def pair_cost(logit: torch.Tensor, box: torch.Tensor, label: int, target: torch.
     p = logit[label].double().sigmoid()
     positive = -0.25 * (1 - p) ** 2 * p.log()
     negative = -0.75 * p**2 * (1 - p).log()
-    a, b = box_cxcywh_to_xyxy(box[None]), box_cxcywh_to_xyxy(target[None])
+    a, b = corners(box[None]), corners(target[None])
     l1 = (box - target).abs().sum()
     return float(2 * (positive - negative) + 5 * l1 - 2 * torchvision_giou(a, b)[0, 0])
 
@@ -111,7 +116,7 @@ def test_losses_are_their_definitions():
     torch.manual_seed(0)
     logits, boxes, targets = torch.randn(L, B, Q, C), random_boxes(L, B, Q), make_targets(3, 1)
     names = [f"loss_{k}{i}" for k in ("ce", "bbox", "giou") for i in ("", "_0", "_1")]
-    criterion = SetCriterion(MATCHER, dict.fromkeys(names, 1.0), 0.25)
+    criterion = SetCriterion(MATCHER, TERMS, dict.fromkeys(names, 1.0))
     losses = criterion(make_outputs(logits, boxes), targets)
     assert set(losses) == {*names, "class_error", "cardinality_error"}
     matched = MATCHER(logits, boxes, targets)
@@ -121,8 +126,9 @@ def test_losses_are_their_definitions():
         objects = [(i, j) for i, t in enumerate(targets) for j in range(len(t["labels"]))]
         for (i, j), query in zip(objects, matched[layer].tolist(), strict=True):
             wanted[i, query, targets[i]["labels"][j]] = 1
-            l1, g = box_losses(boxes[layer, i, query], targets[i]["boxes"][j])
-            bbox, giou = bbox + l1, giou + g
+            pair = boxes[layer, i, query], targets[i]["boxes"][j]
+            bbox = bbox + (pair[0] - pair[1]).abs().sum()
+            giou = giou + 1 - torchvision_giou(*(corners(b[None]) for b in pair))[0, 0]
         p = logits[layer].sigmoid()
         ce = -(0.25 * wanted * (1 - p) ** 2 * p.log()).sum()
         ce -= (0.75 * (1 - wanted) * p**2 * (1 - p).log()).sum()
@@ -134,11 +140,41 @@ def test_losses_are_their_definitions():
     torch.testing.assert_close(halved["loss_bbox"] * 2, losses["loss_bbox"])
 
 
+def test_criterion_and_standalone_denoising_losses_agree():
+    """`compute_dn_loss` is for detectors without this criterion."""
+    torch.manual_seed(0)
+    targets, label_enc = make_targets(3, 1), nn.Embedding(C + 1, 8)
+    _, _, _, dn = prepare_for_dn(targets, label_enc, torch.randn(B, Q, 4))
+    dn.pred_logits = torch.randn(L, B, dn.num_queries, C)
+    dn.pred_boxes = random_boxes(L, B, dn.num_queries)
+    outputs = make_outputs(torch.randn(L, B, Q, C), random_boxes(L, B, Q)) | {"dn": dn}
+    for share, num_boxes in (("process", None), ("mean", 2.5)):
+        losses = SetCriterion(MATCHER, TERMS, {}, share)(outputs, targets, 2.5)
+        expected = compute_dn_loss(dn, num_boxes=num_boxes)
+        assert len(expected) == 9
+        assert all(torch.equal(losses[name], value) for name, value in expected.items())
+
+
+def test_a_term_applies_to_its_parts_only():
+    """A term of the user's own, for the decoder alone."""
+    count = lambda assignment: assignment.found.sum(1)
+    term = LossTerm("loss_count", "cls_loss_coef", count, parts=("decoder",))
+    torch.manual_seed(0)
+    logits, boxes, targets = torch.randn(L, B, Q, C), random_boxes(L, B, Q), make_targets(3, 1)
+    outputs = make_outputs(logits, boxes)
+    outputs["interm_outputs"] = outputs["aux_outputs"][0]
+    losses = SetCriterion(MATCHER, [*TERMS, term], {})(outputs, targets)
+    assert {k for k in losses if "count" in k} == {"loss_count", "loss_count_0", "loss_count_1"}
+    assert losses["loss_count"] == 1 and "loss_ce_interm" in losses
+    weights = loss_weights(LossOptions(), [term], 2, with_denoising=True, token_suffix="_interm")
+    assert weights == {"loss_count": 1.0, "loss_count_0": 1.0}
+
+
 def test_loss_of_nonfinite_predictions_is_nonfinite():
     """The criterion reports it, asserts nothing: stopping is the training loop's business."""
     logits = nn.Parameter(torch.randn(1, 1, Q, C))
     boxes = torch.full((1, 1, Q, 4), torch.nan)
-    criterion = SetCriterion(MATCHER, {"loss_bbox": 1.0}, 0.25)
+    criterion = SetCriterion(MATCHER, TERMS, {"loss_bbox": 1.0})
     losses = criterion(make_outputs(logits, boxes), make_targets(2))
     assert losses["loss_bbox"].isnan()
     assert losses["loss_ce"].isfinite()
@@ -151,7 +187,7 @@ def test_perfect_predictions_cost_nothing():
     for j in range(2):
         logits[0, 0, j + 1, targets[0]["labels"][j]] = 20.0
         boxes[0, 0, j + 1] = targets[0]["boxes"][j]
-    losses = SetCriterion(MATCHER, {}, 0.25)(make_outputs(logits, boxes), targets)
+    losses = SetCriterion(MATCHER, TERMS, {})(make_outputs(logits, boxes), targets)
     assert all(v < 1e-5 for v in losses.values())
 
 

@@ -6,15 +6,18 @@ import re
 import pytest
 import timm
 import torch
-from models.swin import Block, Swin
+from torchvision.ops import box_convert
 
-from models import build_model, convnext
-from models.deformable_transformer import Tokens
-from models.dn_components import box_cxcywh_to_xyxy, prepare_for_cdn, prepare_for_cdn_of_dn_detr
+from models import build_model
+from models.backbones import convnext
+from models.backbones.swin import Block, Swin
+from models.deformable_transformer import LevelTokens
+from models.dn_components import prepare_for_cdn, prepare_for_cdn_of_dn_detr
 from models.errors import UserError
 from models.nested_tensor import nested_tensor_from_tensor_list
+from models.options import ModelOptions
 from models.query_selection import proposals, select_queries
-from util.checkpoint import load_backbone
+from models.weights import load_backbone
 from util.config import load_config
 
 CONFIGS = [
@@ -147,13 +150,13 @@ def test_ablations_are_one_option_each():
 # Query selection
 
 
-def make_tokens() -> Tokens:
+def make_tokens() -> LevelTokens:
     masks = [torch.zeros(2, 6, 8, dtype=torch.bool), torch.zeros(2, 3, 4, dtype=torch.bool)]
     masks[0][1, :, 4:] = True
     masks[1][1, :, 2:] = True
     features = [torch.randn(2, 16, *mask.shape[1:]) for mask in masks]
     positions = [torch.zeros(2, *mask.shape[1:], 16) for mask in masks]
-    return Tokens.of_levels(features, masks, positions, torch.zeros(2, 16))
+    return LevelTokens.of_levels(features, masks, positions, torch.zeros(2, 16))
 
 
 def test_proposals_lie_on_their_tokens():
@@ -211,8 +214,8 @@ def test_number_of_contrastive_groups(number, groups):
 
 def test_positives_are_near_and_negatives_further_off():
     targets, (_, anchors, _, dn) = prepare(prepare_for_cdn, num_denoising=600, box_noise_scale=0.4)
-    noisy = box_cxcywh_to_xyxy(anchors.sigmoid()[:, : dn.num_queries])
-    true, size = box_cxcywh_to_xyxy(dn.boxes), dn.boxes[:, 2:].repeat(1, 2) / 2 * 0.4
+    noisy = box_convert(anchors.sigmoid()[:, : dn.num_queries], "cxcywh", "xyxy")
+    true, size = box_convert(dn.boxes, "cxcywh", "xyxy"), dn.boxes[:, 2:].repeat(1, 2) / 2 * 0.4
     image, query = dn.to_box
     near = (noisy[image, query] - true).abs() / size
     far = (noisy[image, query + 3] - true).abs() / size
@@ -240,10 +243,18 @@ def test_dn_detr_s_own_code_agrees_for_one_image():
 # Backbones
 
 
+def make_swin(use_checkpoint: bool = False) -> Swin:
+    options = ModelOptions(backbone="swin_T_224_1k", use_checkpoint=use_checkpoint)
+    return Swin(options, [2, 3, 4])
+
+
 def test_swin_takes_any_size_and_computes_twice_to_the_same_end():
     images = nested_tensor_from_tensor_list([torch.randn(3, 61, 83), torch.randn(3, 50, 90)])
     torch.manual_seed(0)
-    swin = Swin("swin_T_224_1k", [2, 3, 4], use_checkpoint=True, drop_path=0.0).train()
+    swin = make_swin(use_checkpoint=True).train()
+    for module in swin.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
     features = swin(images)
     assert [tuple(f.tensors.shape) for f in features] == [
         (2, 192, 8, 12),
@@ -253,7 +264,7 @@ def test_swin_takes_any_size_and_computes_twice_to_the_same_end():
     sum(f.tensors.square().mean() for f in features).backward()
     grads = [p.grad.clone() for p in swin.parameters()]
     swin.zero_grad()
-    swin.use_checkpoint = False
+    swin.recompute = False
     again = swin(images)
     sum(f.tensors.square().mean() for f in again).backward()
     for a, b in zip(features, again, strict=True):
@@ -295,7 +306,7 @@ def test_swin_attends_in_released_windows(size, shift):
 
 def test_swin_begins_with_its_authors_file(tmp_path):
     torch.manual_seed(0)
-    swin, other = (Swin("swin_T_224_1k", [2, 3, 4], use_checkpoint=False) for _ in range(2))
+    swin, other = (make_swin() for _ in range(2))
     with pytest.raises(UserError, match=r"swin_tiny_patch4_window7_224.pth is not there.*backbone"):
         load_backbone(swin, "swin_T_224_1k", directory=str(tmp_path))
     state = {k: v for k, v in other.state_dict().items() if not k.startswith("norm")}
@@ -311,9 +322,10 @@ def test_swin_begins_with_its_authors_file(tmp_path):
 
 
 def test_convnext_agrees_with_timm_and_trains_whole(monkeypatch):
-    monkeypatch.setitem(convnext.CONVNEXTS, "small", ((8, 16, 24, 32), (1, 2, 1, 1)))
+    monkeypatch.setitem(convnext.VARIANTS, "small", convnext.Variant(8, (1, 2, 1, 1), ""))
     torch.manual_seed(0)
-    ours = convnext.ConvNeXt("small", [2, 3, 4], use_checkpoint=True).train()
+    options = ModelOptions(backbone="small", use_checkpoint=True)
+    ours = convnext.ConvNeXt(options, [2, 3, 4]).train()
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     state = {}
@@ -323,7 +335,7 @@ def test_convnext_agrees_with_timm_and_trains_whole(monkeypatch):
         name = name.replace("downsample_layers.0", "stem")
         name = re.sub(r"downsample_layers\.(\d)", r"stages.\1.downsample", name)
         state |= {} if re.match(r"norm\d", name) else {name: tensor}
-    theirs = timm.models.convnext.ConvNeXt(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), num_classes=0)
+    theirs = timm.models.convnext.ConvNeXt(depths=(1, 2, 1, 1), dims=(8, 16, 32, 64), num_classes=0)
     theirs.head = torch.nn.Identity()
     theirs.load_state_dict(state)
     image = torch.randn(3, 70, 101)

@@ -75,8 +75,8 @@ def test_gradients_do_not_cross_groups():
     )
     content = content.detach().requires_grad_()
     memory = torch.randn(1, 9, D)
-    everywhere = torch.ones(1, 1, 1, 9).bool()
-    states, *_ = decoder(content, anchors, ~blocked, memory, memory, everywhere)
+    nowhere = torch.zeros(1, 1, 1, 9).bool()
+    states, *_ = decoder(content, anchors, blocked, memory, memory, nowhere)
     part = [slice(i * size, (i + 1) * size) for i in range(groups)]
     part.append(slice(groups * size, None))  # the matching part
     for i, rows in enumerate(part):

@@ -14,10 +14,11 @@ import torch
 from datasets.toy import CATEGORIES
 from main import main as evaluate
 from models.class_map import ClassMap
+from models.registry import MODELS
 from run import Run
 from tools.export_checkpoint import main
 from util.checkpoint import load_weights, read_checkpoint
-from util.config import MODELS, SELECTION_SWITCHES, load_config, parse_command_line
+from util.config import SELECTION_SWITCHES, load_config, parse_command_line
 
 ROOT = Path(__file__).parent.parent
 # How the authors say that their files are evaluated.

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from models.backbone import resize_mask
 from torch import nn
 
 from models import build_model
 from models.errors import UserError
-from models.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from models.nested_tensor import NestedTensor, nested_tensor_from_tensor_list, resize_mask
 from util.config import load_config
+from util.optim import build_optimizer
 
 SMALL = {
     "backbone": "resnet18",
@@ -138,8 +138,9 @@ def test_unknown_backbone_is_named():
 
 
 def test_frozen_parts():
-    def trained(**overrides) -> set[str]:
+    def trained(lr_backbone: float = 1e-5, **overrides) -> set[str]:
         model, _, _ = small_model(**overrides)
+        build_optimizer(model, load_config(overrides={"lr_backbone": lr_backbone}))
         return {k for k, p in model.backbone[0].body.named_parameters() if p.requires_grad}
 
     pretrained = trained()
@@ -195,7 +196,8 @@ def test_patterns_repeat_the_anchors():
     model, _, _ = small_model(num_patterns=3)
     out = model.eval()([torch.randn(3, 64, 64)])
     assert out["pred_boxes"].shape == (1, 3 * 12, 4)
-    content, anchors, _ = model.queries(1)
+    queries = model.queries(out["encoded"])
+    content, anchors = queries.content, queries.anchors
     assert torch.equal(anchors[0, :12], anchors[0, 12:24])
     assert not torch.isclose(content[0, 0], content[0, 12]).all()
     assert torch.equal(content[0, 0], content[0, 11])

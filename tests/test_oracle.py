@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from models import build_model
-from models.deformable_detr import encode_levels
+from models.detector import Encoded, Queries
 from models.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.config import load_config
 
@@ -202,12 +202,12 @@ def test_deformable_encoder_selection_and_decoder_equal_transformers():
     base = theirs.model
     randomise(base.pos_trans_norm)
 
-    def their_queries(batch_size: int, *encoded) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        selected = model.select(*encoded)
+    def their_queries(encoded: Encoded) -> Queries:
+        selected = model.select(encoded.memory, encoded.tokens)
         embedded = base.get_proposal_pos_embed(selected.anchors)
         query_pos, content = base.pos_trans_norm(base.pos_trans(embedded)).chunk(2, dim=-1)
         decoder.ref_point_head = lambda _: query_pos
-        return content, selected.anchors, {}
+        return Queries(content, selected.anchors, {})
 
     model.queries = their_queries
     # No multiples of the strides: every level has another part of padding. Wide enough for
@@ -215,10 +215,10 @@ def test_deformable_encoder_selection_and_decoder_equal_transformers():
     images = padded_images((70, 420), (120, 260))
     model.eval(), theirs.eval()
     with torch.no_grad():
-        memory, tokens = encode_levels(model, images)
-        selected = model.select(memory, tokens)
-        content, anchors, _ = model.queries(len(memory), memory, tokens)
-        states, boxes, _ = decoder(content, anchors, None, memory, tokens)
+        encoded = model.encode(images)
+        memory, tokens = encoded.memory, encoded.tokens
+        selected, queries = model.select(memory, tokens), model.queries(encoded)
+        states, boxes, _ = decoder(queries.content, queries.anchors, None, memory, tokens)
         mine = model(images)
         other = theirs(pixel_values=images.tensors, pixel_mask=(~images.mask).long())
     close(memory, other.encoder_last_hidden_state)  # tokens of padding, too

@@ -7,16 +7,14 @@ import torch
 from torchvision import tv_tensors
 
 from datasets.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     DropEmptyBoxes,
     RandomSizeCrop,
     ResizeShortestSide,
     eval_transforms,
-    resized_size,
     train_transforms,
 )
 from models.errors import UserError
+from models.preprocess import IMAGENET_MEAN, IMAGENET_STD, resized_size
 
 COLOURS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
 

@@ -1,6 +1,7 @@
 """Backbones: image batches in, feature maps out. `BACKBONES` is the registry."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 import timm
 
@@ -14,12 +15,11 @@ from .swin import Swin
 from .timm_model import PREFIX, TimmModel
 
 
-@dataclass(frozen=True)
-class BackboneSpec:
-    """A backbone's class; the name of its authors' file of ImageNet weights, where neither
-    torchvision nor timm downloads them; whether its last stage can keep stride 16 (DC5)."""
+class BackboneSpec(NamedTuple):
+    """A backbone's class; the name of its authors' file of ImageNet weights, if neither torchvision
+    nor timm downloads them; whether its last stage can keep stride 16 (DC5)."""
 
-    build: type[Backbone]
+    build: Callable[[ModelOptions, list[int]], Backbone]
     weights_file: str = ""
     can_dilate: bool = False
 
@@ -47,10 +47,15 @@ def find_backbone(name: str) -> BackboneSpec:
 
 
 def build_backbone(options: ModelOptions) -> Backbone:
-    """The backbone with feature maps of `options.return_interm_indices`; random weights."""
+    """The backbone with feature maps of `options.return_interm_indices`; random weights.
+
+    A ResNet that is to get pretrained weights has its stem and first stage frozen, as published.
+    """
     levels = [index + 1 for index in options.return_interm_indices]
     backbone = find_backbone(options.backbone).build(options, levels)
+    stem = ("body.conv1", "body.bn1", "body.layer1") if options.pretrained_backbone else ()
     for name, parameter in backbone.named_parameters():
-        if any(keyword in name for keyword in options.backbone_freeze_keywords):
+        keywords = (keyword in name for keyword in options.backbone_freeze_keywords)
+        if name.startswith(stem) or any(keywords):
             parameter.requires_grad_(False)
     return backbone

@@ -25,10 +25,6 @@ class Backbone(nn.Module):
         maps = self.feature_maps(images.tensors)
         return [NestedTensor(x, resize_mask(images.mask, x)) for x in maps]
 
-    def pretrained_part(self) -> nn.Module:
-        """The module whose names a file of pretrained weights has."""
-        return self
-
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool) -> Tensor:
     """x through all blocks; with `recompute`, activations are computed again in the backward pass

@@ -16,16 +16,12 @@ from .base import Backbone, run_blocks
 
 
 class Variant(NamedTuple):
-    dims: tuple[int, ...]  # width of each stage
+    dim: int  # of the first stage, doubled at every next one
     depths: tuple[int, ...]  # blocks of each stage
     weights_file: str  # of the authors
 
 
-VARIANTS = {
-    "convnext_xlarge_22k": Variant(
-        (256, 512, 1024, 2048), (3, 3, 27, 3), "convnext_xlarge_22k_224.pth"
-    )
-}
+VARIANTS = {"convnext_xlarge_22k": Variant(256, (3, 3, 27, 3), "convnext_xlarge_22k_224.pth")}
 
 
 class Block(nn.Module):
@@ -54,7 +50,8 @@ class ConvNeXt(Backbone):
 
     def __init__(self, options: ModelOptions, levels: list[int]):
         super().__init__()
-        dims, depths, _ = VARIANTS[options.backbone]
+        dim, depths, _ = VARIANTS[options.backbone]
+        dims = [dim * 2**stage for stage in range(len(depths))]
         self.levels, self.recompute = levels, options.use_checkpoint
         self.num_channels = [dims[level - 1] for level in levels]
         stem = nn.Sequential(nn.Conv2d(3, dims[0], kernel_size=4, stride=4), LayerNorm2d(dims[0]))

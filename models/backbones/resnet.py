@@ -1,4 +1,4 @@
-"""ResNets (He et al. 2015), torchvision's, with the norms and the frozen stem of DETR."""
+"""ResNets (He et al. 2015), torchvision's, with DETR's choice of norms."""
 
 import torchvision
 from torch import Tensor, nn
@@ -15,10 +15,7 @@ NORMS = {
 
 
 class ResNet(Backbone):
-    """One of torchvision's ResNets by its name there, its layers as `body`.
-
-    With pretrained weights the stem and the first stage are frozen, as published.
-    """
+    """One of torchvision's ResNets by its name there, its layers as `body`."""
 
     def __init__(self, options: ModelOptions, levels: list[int]):
         super().__init__()
@@ -35,8 +32,6 @@ class ResNet(Backbone):
                 break
         self.levels = levels
         self.num_channels = [(64 if small else 256) * 2 ** (level - 1) for level in levels]
-        if options.pretrained_backbone:
-            freeze_stem(self.body)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         x, maps = images, []
@@ -45,13 +40,3 @@ class ResNet(Backbone):
             if name in (f"layer{level}" for level in self.levels):
                 maps.append(x)
         return maps
-
-    def pretrained_part(self) -> nn.Module:
-        return self.body
-
-
-def freeze_stem(body: nn.Module) -> None:
-    """Exclude the stem and the first stage, by their names in a ResNet, from training."""
-    for name, parameter in body.named_parameters():
-        if name.startswith(("conv1", "bn1", "layer1")):
-            parameter.requires_grad_(False)

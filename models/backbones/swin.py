@@ -24,29 +24,18 @@ DROP_PATH = 0.2  # stochastic depth of the last block; the rate grows linearly f
 
 
 class Variant(NamedTuple):
-    dim: int  # of the first stage
-    depths: tuple[int, ...]  # blocks of each stage
-    num_heads: tuple[int, ...]  # of each stage
+    dim: int  # of the first stage; a head has 32 channels
+    depth: int  # blocks of the third stage; the others have 2
     window: int
     weights_file: str  # of the authors
 
 
 VARIANTS = {
-    "swin_T_224_1k": Variant(
-        96, (2, 2, 6, 2), (3, 6, 12, 24), 7, "swin_tiny_patch4_window7_224.pth"
-    ),
-    "swin_B_224_22k": Variant(
-        128, (2, 2, 18, 2), (4, 8, 16, 32), 7, "swin_base_patch4_window7_224_22k.pth"
-    ),
-    "swin_B_384_22k": Variant(
-        128, (2, 2, 18, 2), (4, 8, 16, 32), 12, "swin_base_patch4_window12_384.pth"
-    ),
-    "swin_L_224_22k": Variant(
-        192, (2, 2, 18, 2), (6, 12, 24, 48), 7, "swin_large_patch4_window7_224_22k.pth"
-    ),
-    "swin_L_384_22k": Variant(
-        192, (2, 2, 18, 2), (6, 12, 24, 48), 12, "swin_large_patch4_window12_384_22k.pth"
-    ),
+    "swin_T_224_1k": Variant(96, 6, 7, "swin_tiny_patch4_window7_224.pth"),
+    "swin_B_224_22k": Variant(128, 18, 7, "swin_base_patch4_window7_224_22k.pth"),
+    "swin_B_384_22k": Variant(128, 18, 12, "swin_base_patch4_window12_384.pth"),
+    "swin_L_224_22k": Variant(192, 18, 7, "swin_large_patch4_window7_224_22k.pth"),
+    "swin_L_384_22k": Variant(192, 18, 12, "swin_large_patch4_window12_384_22k.pth"),
 }
 
 
@@ -85,7 +74,8 @@ class Swin(Backbone):
 
     def __init__(self, options: ModelOptions, levels: list[int]):
         super().__init__()
-        dim, depths, num_heads, window, _ = VARIANTS[options.backbone]
+        dim, depth, window, _ = VARIANTS[options.backbone]
+        depths = (2, 2, depth, 2)
         self.levels, self.recompute = levels, options.use_checkpoint
         self.num_channels = [dim * 2 ** (level - 1) for level in levels]
         self.patch_embed = PatchEmbed(
@@ -98,12 +88,9 @@ class Swin(Backbone):
         )
         rates = iter(torch.linspace(0, DROP_PATH, sum(depths)).tolist())
         self.layers = nn.ModuleList()
-        for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
-            width = dim * 2**stage
-            blocks = [
-                Block(width, heads, window, (window // 2) * (i % 2), next(rates))
-                for i in range(depth)
-            ]
+        for stage, depth in enumerate(depths):
+            width, shifts = dim * 2**stage, [(window // 2) * (i % 2) for i in range(depth)]
+            blocks = [Block(width, width // 32, window, shift, next(rates)) for shift in shifts]
             layer = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
             if stage + 1 < len(depths):
                 layer["downsample"] = PatchMerging(width)

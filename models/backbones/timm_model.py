@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..options import ModelOptions
 from .base import Backbone
-from .resnet import freeze_stem
 
 PREFIX = "timm/"
 NORMS = {  # a timm model has its own normalisation; only BatchNorm is exchanged
@@ -20,8 +19,7 @@ NORMS = {  # a timm model has its own normalisation; only BatchNorm is exchanged
 
 
 class TimmModel(Backbone):
-    """The timm model as `body`. Where it names its parts as a ResNet does, the stem and the first
-    stage are frozen with pretrained weights."""
+    """The timm model as `body`."""
 
     def __init__(self, options: ModelOptions, levels: list[int]):
         super().__init__()
@@ -29,8 +27,6 @@ class TimmModel(Backbone):
         body = create_body(name, [level - 5 for level in levels], options.dilation)
         self.num_channels = body.feature_info.channels()
         self.body = NORMS[options.batch_norm_type](body)
-        if options.pretrained_backbone:
-            freeze_stem(self.body)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """Strides round up: sides that are no multiple of 32 are padded, and the maps cropped."""
@@ -42,9 +38,6 @@ class TimmModel(Backbone):
         rows = [-(-height * x.shape[-2] // padded.shape[-2]) for x in maps]
         columns = [-(-width * x.shape[-1] // padded.shape[-1]) for x in maps]
         return [x[..., :m, :n] for x, m, n in zip(maps, rows, columns, strict=True)]
-
-    def pretrained_part(self) -> nn.Module:
-        return self.body
 
 
 def create_body(name: str, out_indices: list[int], dilation: bool) -> nn.Module:
