@@ -34,7 +34,7 @@ def read_config(config: str | Path) -> dict[str, Any]:
             known = [str(p.relative_to(directory).with_suffix("")) for p in directory.rglob("*.py")]
             raise UserError(f"config: there is no {config}{nearest(str(config), known)}")
     values = read_assignments(path)
-    return find_model(values.get("modelname", "")).detector.implied | values
+    return find_model(values.get("modelname", DetectorOptions.modelname)).detector.implied | values
 
 
 def build_model(

@@ -14,6 +14,7 @@ import torch
 from datasets.toy import make_toy_coco
 from main import main
 from models.backbones import build_backbone, convnext
+from models.dab_detr import DABDETR
 from models.errors import UserError
 from models.nested_tensor import nested_tensor_from_tensor_list
 from models.registry import MODELS
@@ -41,8 +42,8 @@ DENOISING = ["--contrastive", "--contrastive FALSE", "--dn_number 1", "--dn_numb
 DENOISING += ["--dn_label_noise_ratio 0 --dn_box_noise_scale 0"]
 DENOISING += ["--dn_num_boxes mean", "--dn_num_boxes process", *WITHOUT_DENOISING]
 
-DENSE_MODELS = ("dab_detr", "dn_dab_detr", "dn_dab_deformable_detr_deformable_encoder_only")
-PLAIN_MODELS = ("dab_detr", "dab_deformable_detr")  # without denoising
+DENSE_MODELS = [name for name, spec in MODELS.items() if issubclass(spec.detector, DABDETR)]
+PLAIN_MODELS = [name for name, spec in MODELS.items() if not spec.detector.has_denoising]
 
 
 def ablations(model: str) -> list[str]:

@@ -180,7 +180,7 @@ def test_labels_without_category_are_left_out(toy, checkpoint, tmp_path):
 def test_released_checkpoint(toy, released, tmp_path, capsys):
     path, config = released
     detector = inference.load_detector(path, config)
-    assert detector.nameless
+    assert detector.labels_are_ids
     assert detector.class_map.ids == {i: i for i in range(len(CATEGORIES))}
     argv = ["--resume", str(path), "-c", str(config), "--threshold", "0", "--device", "cpu"]
     argv += ["--output_dir", str(tmp_path / "out")]

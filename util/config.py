@@ -379,7 +379,7 @@ def make_config(path: str | Path | None, overrides: dict[str, Any]) -> Config:
     """As `load_config`, with overrides that are parsed already."""
     values = read_assignments(find_config_file(path), merge_config) if path else {}
     values |= overrides
-    name = values.get("modelname", FIELDS["modelname"].default)
+    name = values.get("modelname", Config.modelname)
     return Config(**resolve_selection(find_model(name).detector.implied | values))
 
 
