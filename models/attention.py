@@ -30,8 +30,9 @@ class Attention(nn.Module):
     def __init__(self, options: ModelOptions):
         super().__init__()
         self.num_heads, self.dropout = options.nheads, options.dropout
-        self.out_proj = nn.Linear(options.hidden_dim, options.hidden_dim)
-        nn.init.zeros_(self.out_proj.bias)
+        out_proj = nn.Linear(options.hidden_dim, options.hidden_dim)
+        nn.init.zeros_(out_proj.bias)
+        self.out_proj: nn.Module = out_proj
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, N, heads * d) -> (B, heads, N, d)."""

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from .backbones import build_backbone
-from .class_map import COCO_NUM_CLASSES
 from .criterion import SetCriterion, loss_weights, standard_terms
 from .detector import Detector
 from .errors import UserError, nearest
@@ -44,12 +43,11 @@ def build_model(
 
     Args:
         options: a `DetectorOptions` or a run's config, which is one; or what `load_options` takes.
-        overrides: options that win over these. `num_classes` None stands for COCO's 91.
+        overrides: options that win over these.
     """
     if isinstance(options, str | Path):
         options = load_options(options)
-    given = vars(options) | overrides
-    options = DetectorOptions.of(given | {"num_classes": given["num_classes"] or COCO_NUM_CLASSES})
+    options = DetectorOptions.of(vars(options), **overrides)
     model = find_model(options.modelname).detector(options, build_backbone(options))
     terms = standard_terms(options)
     matcher = HungarianMatcher(

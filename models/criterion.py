@@ -100,8 +100,10 @@ class SetCriterion(nn.Module):
         image = torch.arange(len(targets)).repeat_interleave(counts).to(query.device)
         where = image, query.clamp(min=0)
         labels, target_boxes = (torch.cat([t[k] for t in targets]) for k in ("labels", "boxes"))
-        found, predictions = (query >= 0).float(), (logits, boxes)
-        return Assignment(where, labels, where, target_boxes, None, found, *predictions)
+        found = (query >= 0).float()
+        assignment = Assignment(where, labels, where, target_boxes, found=found)
+        assignment.pred_logits, assignment.pred_boxes = logits, boxes
+        return assignment
 
     def losses(
         self, assignment: Assignment, part: str, num_boxes: float, suffix: str = ""

@@ -24,8 +24,8 @@ class DABDETR(Detector):
             raise UserError(f"query_selection, look_forward_twice: {name} has neither; use dino")
 
     def __init__(self, options: DetectorOptions, backbone: Backbone):
-        super().__init__(options)
-        input_proj, self.transformer = self.make_transformer(options, backbone.num_channels)
+        super().__init__(options, backbone)
+        input_proj, self.transformer = self.make_transformer(options)
         if options.num_patterns:
             self.transformer.patterns = nn.Embedding(options.num_patterns, options.hidden_dim)
         self.class_embed = class_head(options)
@@ -38,11 +38,9 @@ class DABDETR(Detector):
         self.backbone = nn.ModuleList([backbone, SinePositionEncoding(options)])
         self.hidden_dim, self.num_patterns = options.hidden_dim, options.num_patterns
 
-    def make_transformer(
-        self, options: DetectorOptions, num_channels: list[int]
-    ) -> tuple[nn.Module, Transformer]:
+    def make_transformer(self, options: DetectorOptions) -> tuple[nn.Module, nn.Module]:
         """The projection of the backbone's channels to the transformer's width, and that."""
-        input_proj = nn.Conv2d(num_channels[-1], options.hidden_dim, kernel_size=1)
+        input_proj = nn.Conv2d(self.num_channels[-1], options.hidden_dim, kernel_size=1)
         return input_proj, Transformer(Encoder(options), Decoder(options))
 
     def encode(self, images: NestedTensor) -> Encoded:
@@ -86,10 +84,11 @@ class DNDETR(DABDETR):
     that tells denoising queries; `label_enc`'s last row is that of matching queries."""
 
     has_denoising = True
+    label_enc: nn.Embedding
 
     def __init__(self, options: DetectorOptions, backbone: Backbone):
         super().__init__(options, backbone)
-        self.label_enc = nn.Embedding(options.num_classes + 1, options.hidden_dim - 1)
+        self.label_enc = nn.Embedding(options.num_labels + 1, options.hidden_dim - 1)
 
     def initial_content(self) -> Tensor:
         return with_indicator(self.label_enc.weight[-1:], self.hidden_dim, 0.0)

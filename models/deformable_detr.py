@@ -83,11 +83,9 @@ class DeformableEncoderDNDETR(DNDETR):
             xavier_matrices(self.transformer.patterns)
         self.bbox_embed.layers[-1].reset_parameters()
 
-    def make_transformer(
-        self, options: DetectorOptions, num_channels: list[int]
-    ) -> tuple[nn.Module, nn.Module]:
-        input_proj, encoder = InputProjection(options, num_channels), DeformableEncoder(options)
-        decoder = Decoder(options, MultiLevelDecoderLayer)
+    def make_transformer(self, options: DetectorOptions) -> tuple[nn.Module, nn.Module]:
+        input_proj = InputProjection(options, self.num_channels)
+        encoder, decoder = DeformableEncoder(options), Decoder(options, MultiLevelDecoderLayer)
         return input_proj, DeformableTransformer(options, encoder, decoder)
 
     encode = encode_levels
@@ -121,11 +119,11 @@ class DABDeformableDETR(Detector):
             )
 
     def __init__(self, options: DetectorOptions, backbone: Backbone):
-        super().__init__(options)
+        super().__init__(options, backbone)
         self.num_queries, self.selection = options.num_queries, options.query_selection
         decoder = self.make_decoder(options)
         self.transformer = DeformableTransformer(options, DeformableEncoder(options), decoder)
-        self.input_proj = InputProjection(options, backbone.num_channels)
+        self.input_proj = InputProjection(options, self.num_channels)
         for conv, _ in self.input_proj:
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
@@ -213,7 +211,7 @@ class DNDeformableDETR(DABDeformableDETR):
 
     def make_label_embedding(self, options: DetectorOptions) -> nn.Embedding:
         """One number narrower than the transformer, which leaves room for the indicator."""
-        label_enc = nn.Embedding(options.num_classes + 1, options.hidden_dim - 1)
+        label_enc = nn.Embedding(options.num_labels + 1, options.hidden_dim - 1)
         return label_enc.requires_grad_(options.use_dn)
 
 

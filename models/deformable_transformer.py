@@ -44,14 +44,14 @@ class LevelTokens:
         level_embed: Tensor,
     ) -> LevelTokens:
         """features (B, D, H, W), masks (B, H, W), positions (B, H, W, D), level_embed (L, D)."""
-        sizes = [tuple(mask.shape[1:]) for mask in masks]
+        sizes = [(mask.shape[1], mask.shape[2]) for mask in masks]
         shapes = torch.tensor(sizes)
         areas = shapes.prod(1)
         starts = areas.cumsum(0) - areas
         shapes, starts = shapes.to(level_embed.device), starts.to(level_embed.device)
         content = torch.cat([f.flatten(2).transpose(1, 2) for f in features], dim=1)
-        pos = [p.flatten(1, 2) + e for p, e in zip(positions, level_embed, strict=True)]
-        pos = torch.cat(pos, dim=1).to(content.dtype)
+        located = [p.flatten(1, 2) + e for p, e in zip(positions, level_embed, strict=True)]
+        pos = torch.cat(located, dim=1).to(content.dtype)
         mask = torch.cat([m.flatten(1) for m in masks], dim=1)
         valid = [torch.stack([(~m[:, 0]).sum(1), (~m[:, :, 0]).sum(1)], dim=-1) for m in masks]
         valid_ratios = torch.stack(valid, dim=1) / shapes.flip(-1)
@@ -153,6 +153,8 @@ class DeformableDecoder(nn.Module):
     `look_forward_twice` the loss of a layer's box also trains the layer before, whose output it
     refines (DINO, section 3.5).
     """
+
+    bbox_embed: nn.ModuleList
 
     def __init__(self, options: ModelOptions, final_norm: bool, scale_queries: bool):
         super().__init__()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict, cast
 
 from torch import Tensor, nn
 
+from .backbones import Backbone
 from .dn_components import Denoising, dn_post_process, prepare_for_cdn, prepare_for_dn
 from .errors import UserError
 from .nested_tensor import NestedTensor, nested_tensor_from_tensor_list
@@ -70,10 +71,18 @@ class Detector(nn.Module):
     has_denoising: ClassVar[bool] = False
     token_losses: ClassVar[str] = "_enc"  # what loss names of selected tokens end with
 
-    def __init__(self, options: DetectorOptions):
+    # The released names, and that of the embedding of the labels that denoising restores.
+    backbone: Any
+    transformer: Any
+    input_proj: Any
+    class_embed: Any
+    bbox_embed: Any
+    label_enc: nn.Embedding | None = None
+
+    def __init__(self, options: DetectorOptions, backbone: Backbone):
         super().__init__()
+        self.num_channels = backbone.num_channels
         self.prepare_denoising = self.make_denoising(options) if options.use_dn else None
-        self.label_enc: nn.Embedding | None = None  # of the labels that denoising restores
 
     @classmethod
     def check(cls, options: DetectorOptions) -> None:
@@ -90,7 +99,7 @@ class Detector(nn.Module):
         }
         if not options.contrastive:
             return partial(prepare_for_dn, num_groups=options.dn_number, **noise)
-        noise["num_classes"] = options.num_classes  # label_enc may have more rows
+        noise["num_classes"] = options.num_labels  # label_enc may have more rows
         return partial(prepare_for_cdn, num_denoising=options.dn_number, **noise)
 
     def encode(self, images: NestedTensor) -> Encoded:
@@ -134,14 +143,11 @@ class Detector(nn.Module):
             {"pred_logits": x, "pred_boxes": b} for x, b in zip(logits, boxes, strict=True)
         ]
         matching = slice(-logits.shape[2], None)
-        outputs: Outputs = {
-            **queries.outputs,
+        outputs = queries.outputs | {
             **layers[-1],
             "aux_outputs": layers[:-1],
             "states": decoded.states[:, :, matching],
             "anchors": decoded.anchors[:, :, matching],
             "encoded": encoded,
         }
-        if dn is not None:
-            outputs["dn"] = dn
-        return outputs
+        return cast(Outputs, outputs if dn is None else outputs | {"dn": dn})

@@ -49,7 +49,7 @@ class DINO(DABDeformableDETR):
 
     def make_label_embedding(self, options: DetectorOptions) -> nn.Embedding:
         """As wide as the transformer, without an indicator."""
-        num_labels = options.dn_labelbook_size or options.num_classes
+        num_labels = options.dn_labelbook_size or options.num_labels
         label_enc = nn.Embedding(num_labels + 1, options.hidden_dim)
         return label_enc.requires_grad_(options.use_dn)
 

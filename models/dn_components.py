@@ -17,7 +17,7 @@ those of the whole project.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -47,8 +47,8 @@ class Assignment:
     boxes: Tensor  # (N, 4) cxcywh in [0, 1]
     supervised: Tensor | None = None  # (B, Q) bool
     found: Tensor | None = None  # (L, N), 0 for an object without a query, else 1
-    pred_logits: Tensor | None = None  # (L, B, Q, C)
-    pred_boxes: Tensor | None = None  # (L, B, Q, 4) cxcywh in [0, 1]
+    pred_logits: Tensor = field(init=False)  # (L, B, Q, C)
+    pred_boxes: Tensor = field(init=False)  # (L, B, Q, 4) cxcywh in [0, 1]
 
     @cached_property
     def predicted_boxes(self) -> Tensor:
@@ -61,6 +61,7 @@ class Denoising(Assignment):
     """The denoising queries of a batch; N counts groups * objects. `dn_post_process` fills in the
     predictions."""
 
+    supervised: Tensor
     num_groups: int = 1
 
     @property

@@ -12,7 +12,7 @@ from .options import DetectorOptions
 
 def class_head(options: DetectorOptions) -> nn.Linear:
     """A linear classifier that initially gives every class a probability of 0.01."""
-    head = nn.Linear(options.hidden_dim, options.num_classes)
+    head = nn.Linear(options.hidden_dim, options.num_labels)
     nn.init.constant_(head.bias, -math.log(99))
     return head
 
@@ -20,8 +20,8 @@ def class_head(options: DetectorOptions) -> nn.Linear:
 def box_head(options: DetectorOptions) -> MLP:
     """Predicts the refinement (..., 4) of an anchor, initially 0."""
     head = MLP(options.hidden_dim, options.hidden_dim, 4, 3)
-    nn.init.zeros_(head.layers[-1].weight)
-    nn.init.zeros_(head.layers[-1].bias)
+    for parameter in head.layers[-1].parameters():
+        nn.init.zeros_(parameter)
     return head
 
 

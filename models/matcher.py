@@ -39,8 +39,8 @@ class HungarianMatcher:
             return matched.to(logits.device)
         labels = pad_sequence([t["labels"] for t in targets], batch_first=True)
         target_boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True)
-        cost = self.cost(logits.float(), boxes.float(), labels, target_boxes.float())
-        cost = cost.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).cpu().numpy()
+        costs = self.cost(logits.float(), boxes.float(), labels, target_boxes.float())
+        cost = costs.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).cpu().numpy()
         start = 0
         for image, count in enumerate(counts):
             for layer in range(len(logits)):

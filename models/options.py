@@ -12,6 +12,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from .class_map import COCO_NUM_CLASSES
 from .errors import UserError, nearest
 
 
@@ -163,6 +164,11 @@ class DetectorOptions(LossOptions, DenoisingOptions, ModelOptions):
             raise UserError(f"num_feature_levels: {self.num_feature_levels} is {few}")
         find_model(self.modelname).detector.check(self)
 
+    @property
+    def num_labels(self) -> int:
+        """`num_classes`, whose None stands for COCO's 91."""
+        return self.num_classes or COCO_NUM_CLASSES
+
     @classmethod
     def of(cls, values: Mapping[str, Any], **overrides: Any) -> "DetectorOptions":
         """The options among `values`, which may hold a run's other options; `overrides` win."""
@@ -196,7 +202,8 @@ def read_assignments(
         raise UserError(f"{path}: no such config file") from None
     except Exception as e:
         raise UserError(f"{path}: not a config file: {type(e).__name__}: {e}") from e
-    bases, values = assigned.get("_base_", []), {}
+    bases = assigned.get("_base_", [])
+    values: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
         values |= read_assignments(path.parent / base, merge)
     own = {name: value for name, value in assigned.items() if not name.startswith("_")}

@@ -6,7 +6,7 @@ decoder layer refines the anchor. Layers are post-norm.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ class DecoderLayer(FeedForward):
         return self.norm3(x + self.feed_forward(x))
 
     def attend_to_memory(
-        self, located: Tensor, memory: Tensor, pos: Tensor, blocked: Tensor, query: Tensor
+        self, located: Tensor, memory: Any, pos: Any, blocked: Any, query: Tensor
     ) -> Tensor:
         """located (B, Q, 2 * D), memory and pos (B, S, D), query of the self-attention (B, Q, D)
         -> (B, Q, D)."""
@@ -165,6 +165,8 @@ class MultiLevelDecoderLayer(DecoderLayer):
 class Decoder(nn.Module):
     """Refines anchors layer by layer. The detector sets `bbox_embed`, the head that predicts the
     refinements."""
+
+    bbox_embed: nn.Module
 
     def __init__(self, options: ModelOptions, layer: type[DecoderLayer] = DecoderLayer):
         super().__init__()

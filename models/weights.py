@@ -130,7 +130,8 @@ def load_weights(
     is_ignored = lambda name: any(keyword in name for keyword in keywords)
     # A shared tensor is ignored under all of its names, or another one would still load it.
     kept = {id(tensor) for name, tensor in ours.items() if is_ignored(name)}
-    seen, fits, report = set(kept), {}, LoadReport()
+    fits: dict[int, Tensor] = {}
+    seen, report = set(kept), LoadReport()
     for name, value in theirs.items():
         target = ours.get(name)
         seen.add(id(target))
@@ -194,7 +195,9 @@ def load_backbone(backbone: Backbone, name: str, path: str = "", directory: str 
     as the classifier, is ignored. UserError if there is no file, if the download fails, and if a
     tensor of the backbone is not in the file or has another shape.
     """
-    released_file, body = find_backbone(name).weights_file, getattr(backbone, "body", backbone)
+    released_file = find_backbone(name).weights_file
+    body: Any = getattr(backbone, "body", backbone)
+    source: Mapping[str, Tensor]
     remedy = "name a local file with --backbone_weights"
     path = path or (os.path.join(directory, released_file) if released_file else "")
     try:

@@ -1,7 +1,5 @@
 """What every backbone is: an image batch in, feature maps of the chosen stages out."""
 
-from collections.abc import Iterable
-
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,9 +24,9 @@ class Backbone(nn.Module):
         return [NestedTensor(x, resize_mask(images.mask, x)) for x in maps]
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool) -> Tensor:
-    """x through all blocks; with `recompute`, activations are computed again in the backward pass
-    and not kept for it."""
-    for block in blocks:
+def run_blocks(blocks: nn.Module, x: Tensor, recompute: bool) -> Tensor:
+    """x through all of a container's blocks; with `recompute`, the backward pass computes their
+    activations again instead of keeping them."""
+    for block in blocks.children():
         x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
     return x

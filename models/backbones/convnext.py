@@ -79,6 +79,6 @@ class ConvNeXt(Backbone):
             if stage + 1 in self.levels:
                 maps.append(norm(x))
             else:  # DDP waits for every parameter's gradient
-                unused = unused + 0 * (norm.weight.sum() + norm.bias.sum())
+                unused = unused + 0 * sum(p.sum() for p in norm.parameters())
         maps[-1] = maps[-1] + unused
         return maps

@@ -55,7 +55,8 @@ class Block(SwinTransformerBlock):
             drop_path=drop_path,
         )
         # Released checkpoints contain it, so it has to be saved.
-        self.attn.register_buffer("relative_position_index", self.attn.relative_position_index)
+        name = "relative_position_index"
+        self.attn.register_buffer(name, self.attn.get_buffer(name))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, D) -> the same."""
@@ -105,9 +106,10 @@ class Swin(Backbone):
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         x, maps = self.patch_embed(images), []
         for stage, layer in enumerate(self.layers[: max(self.levels)]):
-            x = run_blocks(layer["blocks"], x, self.recompute and self.training)
+            blocks = layer.get_submodule("blocks")
+            x = run_blocks(blocks, x, self.recompute and self.training)
             if stage + 1 in self.levels:
                 maps.append(self.get_submodule(f"norm{stage}")(x).permute(0, 3, 1, 2))
             if stage + 1 < max(self.levels):
-                x = layer["downsample"](x)
+                x = layer.get_submodule("downsample")(x)
         return maps

@@ -1,10 +1,12 @@
 """Any timm model that gives feature maps for images of any size, as `timm/NAME`."""
 
+from typing import Any
+
 import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Format, PatchEmbed, convert_sync_batchnorm, freeze_batch_norm_2d
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 from ..options import ModelOptions
@@ -40,13 +42,13 @@ class TimmModel(Backbone):
         return [x[..., :m, :n] for x, m, n in zip(maps, rows, columns, strict=True)]
 
 
-def create_body(name: str, out_indices: list[int], dilation: bool) -> nn.Module:
+def create_body(name: str, out_indices: list[int], dilation: bool) -> Any:
     """A timm model that returns the feature maps at `out_indices`, counted from the last, -1.
 
     Parameters that the maps do not depend on are frozen. UserError where the model has no such
     maps or no dilation, or accepts images of one size only.
     """
-    options = {"features_only": True, "out_indices": out_indices}
+    options: dict[str, Any] = {"features_only": True, "out_indices": out_indices}
     options |= {"output_stride": 16} if dilation else {}
     try:
         try:
@@ -55,7 +57,7 @@ def create_body(name: str, out_indices: list[int], dilation: bool) -> nn.Module:
             body = timm.create_model(name, **options)
         for module in body.modules():
             if isinstance(module, PatchEmbed):
-                module.dynamic_img_pad = True
+                module.dynamic_img_pad = True  # type: ignore[misc]  # timm says Final
         with torch.enable_grad():
             total = sum(x.sum() for x in body.eval()(torch.zeros(1, 3, 96, 160)))
     except (TypeError, AssertionError, RuntimeError) as e:
