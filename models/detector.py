@@ -71,17 +71,16 @@ class Detector(nn.Module):
     has_denoising: ClassVar[bool] = False
     token_losses: ClassVar[str] = "_enc"  # what loss names of selected tokens end with
 
-    # The released names, and that of the embedding of the labels that denoising restores.
     backbone: Any
     transformer: Any
     input_proj: Any
     class_embed: Any
     bbox_embed: Any
-    label_enc: nn.Embedding | None = None
+    label_enc: nn.Embedding | None  # of the labels that denoising restores
 
     def __init__(self, options: DetectorOptions, backbone: Backbone):
         super().__init__()
-        self.num_channels = backbone.num_channels
+        self.num_channels, self.label_enc = backbone.num_channels, None
         self.prepare_denoising = self.make_denoising(options) if options.use_dn else None
 
     @classmethod
