@@ -59,7 +59,7 @@ class Job:
 def build_parser() -> Parser:
     parser = Parser(
         "run_with_submitit.py",
-        description="Submit main.py, with its options, to Slurm. Defaults are in parentheses.",
+        description="Run main.py on Slurm, with its options and these (defaults in parentheses).",
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -105,7 +105,7 @@ class CocoDetection(torch.utils.data.Dataset):
         except UserError as error:
             raise UserError(f"{self.annotation_file}: {error}") from None
         self._check_category_names()
-        self._index(self._section(data, "annotations", annotated))
+        self._set_annotations(self._section(data, "annotations", annotated))
         if annotated and not len(self._labels):
             self._fail("has no usable object", "at least one non-empty, non-crowd box is needed")
 
@@ -165,7 +165,7 @@ class CocoDetection(torch.utils.data.Dataset):
                 message = "%s: category %d is %r here, but %r in the model: check the ids"
                 logger.warning(message, self.annotation_file, id_, name, known[id_])
 
-    def _index(self, items: list[dict]) -> None:
+    def _set_annotations(self, items: list[dict]) -> None:
         """Store annotations in arrays; reading dicts would copy them into every worker."""
         column = partial(self._field, items, "annotation")
         index_of = {id_: position for position, id_ in enumerate(self.image_ids)}
@@ -191,7 +191,7 @@ class CocoDetection(torch.utils.data.Dataset):
         clipped = xyxy.clip(0, self._sizes[image[usable]][:, [1, 0, 1, 0]])
         inside = (clipped[:, 2:] > clipped[:, :2]).all(1)
         self._boxes, self._labels = clipped[inside].astype(np.float32), label[usable][inside]
-        self._first = np.searchsorted(image[usable][inside], np.arange(len(self) + 1))
+        self._offsets = np.searchsorted(image[usable][inside], np.arange(len(self) + 1))
         # Rounding moves many boxes a fraction of a pixel outside: no warning for those.
         moved = np.abs(clipped - xyxy)[inside].max(1, initial=0) > 1
         counts = (~valid).sum(), (~inside).sum(), moved.sum()
@@ -208,7 +208,7 @@ class CocoDetection(torch.utils.data.Dataset):
 
     def most_objects(self) -> tuple[int, str]:
         """The largest number of objects in an image, and the image's file name."""
-        counts = np.diff(self._first)
+        counts = np.diff(self._offsets)
         return int(counts.max()), self.file_names[counts.argmax()]
 
     def ground_truth(self, image_ids: set[int]) -> dict[str, list[dict]]:
@@ -232,7 +232,7 @@ class CocoDetection(torch.utils.data.Dataset):
             message = "%s: (height, width) of %s is %s, not %s: check that boxes match the image"
             name = self.file_names[position]
             logger.warning(message, self.annotation_file, name, size, declared_size)
-        objects = slice(*self._first[position : position + 2])
+        objects = slice(*self._offsets[position : position + 2])
         boxes = torch.from_numpy(self._boxes[objects])
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
         labels = torch.from_numpy(self._labels[objects])

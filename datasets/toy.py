@@ -1,8 +1,7 @@
 """Toy data set: coloured shapes on cluttered backgrounds, in COCO 2017's layout.
 
 `python -m datasets.toy --root outputs/toy_coco` generates it in seconds, to try training and
-evaluation without a download. The class of an object is its shape; colour, size, rotation and
-position are random.
+evaluation without a download. Classes are shapes; colour, size, angle and position are random.
 
 A box is the full extent of an object, including hidden parts, clipped to the image; `segmentation`
 is its polygon, clipped too, and `area` the polygon's area. A ring's polygon follows the outer edge,
@@ -272,8 +271,7 @@ def make_toy_coco(
 
 
 def main() -> None:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    text = __doc__.split("\n\n")[0]
+    text, formatter = __doc__.split("\n\n")[0], argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser("datasets.toy", description=text, formatter_class=formatter)
     add = parser.add_argument
     add("--root", default="outputs/toy_coco", metavar="DIR", help="output directory")

@@ -29,7 +29,7 @@ def option(
 class ModelOptions:
     """model"""
 
-    modelname: str = option("dn_dab_detr", "listed below")
+    modelname: str = option("dn_dab_detr", "model, listed below")
     backbone: str = option("resnet50", "listed below, or timm/NAME for any timm model")
     dilation: bool = option(False, "DC5: dilated last backbone stage, stride 16")
     batch_norm_type: str = option(

@@ -147,7 +147,7 @@ def _backward(grad_output, *inputs):
     backend = choose_backend(inputs[0].device)
     if backend == "reference":
         return ms_deform_attn_reference_backward(grad_output, *inputs)
-    if backend == "cuda" and torch.are_deterministic_algorithms_enabled():  # like torch's own
+    if backend == "cuda" and torch.are_deterministic_algorithms_enabled():
         problem = (
             "the backward pass of ms_deform_attn on CUDA is not deterministic;"
             f" {_VARIABLE}=reference uses torch's operators instead"

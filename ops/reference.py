@@ -56,7 +56,7 @@ def ms_deform_attn_reference_backward(grad_output: Tensor, *inputs: Tensor) -> t
     x_weights, y_weights = axis_weights.unbind(-2)
     by_column = above * y_weights[..., :1] + below * y_weights[..., 1:]
     by_row = torch.stack([_sum_of_two(above * x_weights), _sum_of_two(below * x_weights)], dim=-1)
-    slope = _sum_of_two(torch.stack([by_column, by_row], dim=-2) * slopes)  # in x and in y
+    slope = _sum_of_two(torch.stack([by_column, by_row], dim=-2) * slopes)
     slope = attention_weights.to(rows.dtype)[..., None] * slope * shapes.flip(-1)[:, None]
     return (
         grad_rows.view(value.shape).to(value.dtype),
@@ -100,7 +100,7 @@ def _bags(*inputs: Tensor) -> tuple[Tensor, ...]:
     image = torch.arange(B, device=value.device).view(B, 1, 1, 1, 1)
     head = torch.arange(M, device=value.device).view(M, 1, 1)
     first = ((image * S + starts[:, None]) * M + head).to(index_dtype)  # (B, 1, M, L, 1)
-    stride = (shapes[:, 1] * M).to(index_dtype)[:, None, None]  # in y
+    stride = (shapes[:, 1] * M).to(index_dtype)[:, None, None]
     index = (first[..., None] + y * stride)[..., :, None] + (x * M)[..., None, :]
 
     x, y = axis_weights.unbind(-2)

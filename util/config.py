@@ -78,34 +78,26 @@ RETIRED = {
 # Released options for which only one value is supported, that of all published models.
 FIXED = {
     "position_embedding": "sine",
-    "masks": False,
-    "pre_norm": False,
     "frozen_weights": None,
     "fix_refpoints_hw": -1,
-    "decoder_layer_noise": False,
     "lr_backbone_names": ["backbone.0"],
     "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
-    "ddetr_lr_param": False,
     "data_aug_scale_overlap": None,
     "unic_layers": 0,
     "query_dim": 4,
-    "pdetr3_bbox_embed_diff_each_layer": False,
     "pdetr3_refHW": -1,
-    "dabdetr_yolo_like_anchor_update": False,
-    "dabdetr_deformable_encoder": False,
-    "dabdetr_deformable_decoder": False,
-    "use_deformable_box_attn": False,
     "dec_layer_number": None,
-    "add_channel_attention": False,
-    "add_pos_value": False,
     "two_stage_pat_embed": 0,
     "two_stage_add_query_num": 0,
-    "two_stage_learn_wh": False,
-    "two_stage_keep_all_tokens": False,
     "decoder_sa_type": "sa",
     "decoder_module_seq": ["sa", "ca", "ffn"],
     "matcher_type": "HungarianMatcher",
-    "use_detached_boxes_dec_out": False,
+    **dict.fromkeys(("masks", "pre_norm", "decoder_layer_noise", "ddetr_lr_param"), False),
+    **dict.fromkeys(("dabdetr_yolo_like_anchor_update", "dabdetr_deformable_encoder"), False),
+    **dict.fromkeys(("pdetr3_bbox_embed_diff_each_layer", "dabdetr_deformable_decoder"), False),
+    **dict.fromkeys(("use_deformable_box_attn", "use_detached_boxes_dec_out"), False),
+    **dict.fromkeys(("add_channel_attention", "add_pos_value"), False),
+    **dict.fromkeys(("two_stage_learn_wh", "two_stage_keep_all_tokens"), False),
 }
 
 
@@ -294,9 +286,7 @@ def check_fixed(name: str, value: Any) -> None:
     with contextlib.suppress(UserError):
         if convert(name, kind, value) == only:
             return
-    raise UserError(
-        f"{name}: {value!r} is not supported, only {only!r}, as in all published models"
-    )
+    raise UserError(f"{name}: {value!r} is not supported, only {only!r}, as in published models")
 
 
 def known_name(name: str, where: str) -> str | None:
@@ -456,11 +446,9 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Config:
         options[name] = value
     values = parse_values(options, "--options") | parse_values(flags, "command line")
     path = args.config_file
-    if "modelname" in values:
-        name = values["modelname"]
+    if name := values.get("modelname"):
         if name in WITH_DENOISING and values.get("use_dn"):
             values["modelname"] = WITH_DENOISING[name]
             logger.info("-m %s with --use_dn selects %s", name, values["modelname"])
-            name = values["modelname"]
-        path = path or CONFIG_DIR / f"{find_model(name).config}.py"
+        path = path or CONFIG_DIR / f"{find_model(values['modelname']).config}.py"
     return make_config(path, values)
