@@ -67,7 +67,7 @@ def build_parser() -> Parser:
     add("--nodes", type=int, default=1, metavar="N", help="number of nodes (1)")
     add("--ntasks_per_node", type=int, metavar="N", help="CPU tasks per node with --ngpus 0 (1)")
     add("--timeout", type=int, default=60, metavar="MINUTES", help="time until requeueing (60)")
-    add("--job_dir", default="outputs/%j", metavar="DIR", help="logs and checkpoints (outputs/%%j)")
+    add("--job_dir", default="outputs/%j", metavar="DIR", help="output; %%j: job id (outputs/%%j)")
     add("--job_name", default="dn_dino", metavar="NAME", help="Slurm's job name (dn_dino)")
     for name in SLURM_OPTIONS:
         add(f"--{name}", metavar="TEXT", help=f"Slurm's --{name}")

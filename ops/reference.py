@@ -81,7 +81,7 @@ def _bags(*inputs: Tensor) -> tuple[Tensor, ...]:
         index and weights (B * Q * M, L * P * 4) of the rows in each bag; the four of a location in
             the order 00, 01, 10, 11 as (y, x).
         axis_weights and slopes (B, Q, M, L, P, 2, 2): for both axes, x and y, the linear weights of
-            the two pixels next to a location, and their derivatives in the location in pixels.
+            the two pixels next to a location, and their derivatives w.r.t. its position in pixels.
     """
     value, shapes, starts, locations, attention = inputs
     B, S, M, D = value.shape
