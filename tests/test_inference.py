@@ -117,7 +117,7 @@ def test_images_from_the_command_line(toy, checkpoint, saved, tmp_path):
     options = ["--batch_size", "2", "--device", "cpu"]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "on 2 images" in done.stdout
+    assert "in 2 images" in done.stdout
     content = json.loads((tmp_path / "new" / "out" / "detections.json").read_text())
     check_against(expected, content, threshold)
     assert content["categories"] == [{"id": i, "name": n} for i, n in CATEGORIES.items()]

@@ -342,7 +342,7 @@ def test_bad_annotations(small: list[str], edit: Callable, capsys):
     assert main([*small, "--coco_path", str(root), "--debug"]) == 0
     printed = capsys.readouterr().out
     assert "ignored 3 empty or non-finite boxes" in printed
-    assert "1 clipped to it" in printed
+    assert "clipped 1 to the image" in printed
 
 
 def test_unknown_ids(small: list[str], edit: Callable, capsys):
