@@ -1,7 +1,6 @@
-"""Pictures in; drawn pictures and COCO JSON out: `python inference.py --help`.
+"""Detect objects in images, draw them, and write COCO JSON: `python inference.py --help`.
 
-In a notebook, with `load_detector` of models, `read_image` of datasets.coco and `draw_boxes` of
-util.visualize:
+In a notebook, with the functions imported below:
 
     predictor, image = load_detector("outputs/run/checkpoint.pth"), read_image("street.jpg")
     (result,) = predictor.predict([image])
@@ -30,23 +29,24 @@ from util.download import local_file
 from util.logging import setup_logging
 from util.visualize import draw_boxes, side_by_side
 
+DESCRIPTION = "Detect objects, draw them and write detections.json. Defaults are in parentheses."
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:
-    """The files that are named, and directories' images in the order of their names."""
+    """The given files, and the images in given directories, sorted by name."""
     paths = []
     for source in map(Path, sources):
-        listed = source.iterdir() if source.is_dir() else ()
-        found = sorted(path for path in listed if path.suffix.lower() in SUFFIXES)
+        files = source.iterdir() if source.is_dir() else ()
+        found = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
         if source.is_dir() and not found:
-            raise UserError(f"{source}: holds no images; known are {', '.join(SUFFIXES)}")
+            raise UserError(f"{source}: holds no images with suffixes {', '.join(SUFFIXES)}")
         paths += found or [source]
     return paths
 
 
 def truth_of(dataset: CocoDetection, image_id: int) -> dict:
-    """What is annotated on an image, crowds too, as `draw_boxes` takes it."""
+    """An image's annotations, including crowds, as arguments of `draw_boxes`."""
     items = dataset.ground_truth({image_id})["annotations"]
     boxes = torch.tensor([a["bbox"] for a in items]).reshape(-1, 4)
     labels = [dataset.class_map.label_of[a["category_id"]] for a in items]
@@ -57,14 +57,14 @@ def truth_of(dataset: CocoDetection, image_id: int) -> dict:
 def detect(
     predictor: Predictor, paths: Sequence[Path], dataset: CocoDetection | None, args: Namespace
 ) -> None:
-    """Detect on images; write each drawn and all of detections.json into `args.output_dir`.
+    """Detect objects; write drawn images and detections.json to `args.output_dir`.
 
-    With a data set, `paths` are its first images, and are drawn beside their ground truth. The JSON
-    is in COCO's format with scores: "images", "annotations" and "categories".
+    With a data set, `paths` are its first images, drawn next to their ground truth. The JSON is in
+    COCO's instances format, with scores.
     """
     output_dir, threshold = args.output_dir, args.threshold
     if output_dir.resolve() in {path.parent.resolve() for path in paths}:
-        raise UserError(f"output_dir: {output_dir} holds the images themselves; name another one")
+        raise UserError(f"output_dir: {output_dir} contains the input images; use another one")
     output_dir.mkdir(parents=True, exist_ok=True)
     ids, names = predictor.class_map.ids, predictor.class_map.names
     title = f"predictions, score ≥ {threshold:g}"
@@ -94,41 +94,34 @@ def detect(
     categories = [{"id": id_, "name": names[label]} for label, id_ in ids.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (output_dir / "detections.json").write_text(json.dumps(content))
-    summary = f"{len(annotations)} detections of score {threshold} or more on {len(images)} images"
-    print(f"{output_dir}: {summary}")
+    summary = f"{len(annotations)} detections with score {threshold} or more"
+    print(f"{output_dir}: {summary} in {len(images)} images")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 2 for a mistake of the user."""
+    """Exit status: 0, or 2 for a user error."""
     setup_logging()
-    parser = Parser("inference.py", description="Detect objects on images and draw them.")
+    parser = Parser("inference.py", description=DESCRIPTION)
     add = parser.add_argument
-    add("--resume", required=True, metavar="FILE", help="checkpoint of the detector, or its URL")
-    add("--images", nargs="+", metavar="PATH", help="images and directories of images")
-    add("--coco_path", metavar="DIR", help="in their place: a data set, whose val2017 is used")
-    add("--num_images", type=int, default=16, metavar="N", help="how many of val2017 (16)")
-    add("--output_dir", type=Path, required=True, metavar="DIR", help="pictures and JSON go here")
-    add("--threshold", type=float, default=0.3, metavar="X", help="lowest score to show (0.3)")
-    add("-c", "--config_file", metavar="FILE", help="config in place of the checkpoint's own")
-    add("-m", "--modelname", choices=MODELS, help="that model's published config instead")
-    add("--ema", action="store_true", help="take the averaged weights")
-    add("--device", default="", help="cpu, cuda, ...; by default a GPU where there is one")
-    add(
-        "--eval_batch_size",
-        "--batch_size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="images at once (1)",
-    )
+    add("--resume", required=True, metavar="FILE", help="checkpoint, a file or URL")
+    add("--images", nargs="+", metavar="PATH", help="images or directories of images")
+    add("--coco_path", metavar="DIR", help="data set, to use its val2017 instead of --images")
+    add("--num_images", type=int, default=16, metavar="N", help="images of val2017 (16)")
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="output directory")
+    add("--threshold", type=float, default=0.3, metavar="X", help="minimum score (0.3)")
+    add("-c", "--config_file", metavar="FILE", help="config to use, not the checkpoint's")
+    text = f"use this model's published config: {', '.join(MODELS)}"
+    add("-m", "--modelname", choices=MODELS, metavar="NAME", help=text)
+    add("--ema", action="store_true", help="use the averaged weights (EMA)")
+    add("--device", default="", help="cpu, cuda, ...; default: a GPU if available")
+    batch_size = "--eval_batch_size", "--batch_size"
+    add(*batch_size, type=int, default=1, metavar="N", help="images per batch (1)")
     try:
         args = parser.parse_args(argv)
         if bool(args.images) == bool(args.coco_path):
-            raise UserError("give either --images or --coco_path")
+            raise UserError("pass either --images or --coco_path")
         if min(args.num_images, args.eval_batch_size) < 1 or not 0 <= args.threshold <= 1:
-            raise UserError(
-                "num_images and eval_batch_size are at least 1, threshold is from 0 to 1"
-            )
+            raise UserError("num_images, eval_batch_size: at least 1; threshold: from 0 to 1")
         config = args.config_file
         if args.modelname:
             config = CONFIG_DIR / f"{MODELS[args.modelname].config}.py"
@@ -141,11 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if predictor.labels_are_ids:
                 class_map = partial(ClassMap.of_released, num_classes=class_map.num_classes)
             dataset = build_dataset(Config(coco_path=args.coco_path), "val", class_map)
-            dataset.transforms = lambda image, target: (image, target)  # `predict` has its own
+            dataset.transforms = lambda image, target: (image, target)  # `predict` preprocesses
             predictor.class_map = dataset.class_map
             paths = [dataset.image_dir / name for name in dataset.file_names[: args.num_images]]
         detect(predictor, paths, dataset, args)
-    except (UserError, OSError) as e:  # an OSError, of reading or writing a file, names the file
+    except (UserError, OSError) as e:  # an OSError names its file
         print(f"inference.py: error: {e}", file=sys.stderr)
         return 2
     return 0

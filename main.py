@@ -23,11 +23,11 @@ from util.signals import Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 1 for a loss that is not finite and for lost processes; 2 for a mistake of
-    the user or a file system that refuses; 128 and its number for a signal to stop."""
+    """Exit status: 0; 1 for a non-finite loss or a lost process; 2 for a user or file-system error;
+    128 + its number for a stop signal."""
     setup_logging()
     argv = sys.argv[1:] if argv is None else list(argv)
-    say = lambda text: print(f"main.py: {text}", file=sys.stderr)
+    report = lambda text: print(f"main.py: {text}", file=sys.stderr)
     try:
         cfg = parse_command_line(argv)
         local_rank = join_processes(cfg.world_size, cfg.rank, cfg.dist_url, cfg.dist_timeout)
@@ -40,18 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             train(cfg, device, argv)
     except (UserError, OSError) as e:  # an OSError names its file
-        say(f"error: {e}")
+        report(f"error: {e}")
         return 2
     except NonFiniteLoss as e:
-        say(f"stopped: {e}")
+        report(f"stopped: {e}")
         return 1
     except Stopped as e:
-        say(f"stopped by {e}" + ("; --resume auto goes on from there" if cfg.output_dir else ""))
+        report(f"stopped by {e}" + ("; resume it with --resume auto" if cfg.output_dir else ""))
         return 128 + (e.signum or signal.SIGTERM)
     except RuntimeError as e:
         if lost := lost_process(e):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one dead worker is enough to hear of
-            say(f"stopped: {lost}: {str(e).splitlines()[0]}")
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # do not report further workers
+            report(f"stopped: {lost}: {str(e).splitlines()[0]}")
             return 1
         raise
     finally:
@@ -60,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def lost_process(error: RuntimeError) -> str | None:
-    """Which process the error says is gone, if it is about one."""
+    """The process loss that `error` is about, if it is about one."""
     if "DataLoader worker" in str(error):
-        return "a data-loading process is gone"
+        return "a data-loading worker died"
     if world_size() > 1 and re.search(r"gloo|NCCL|Connection|Timed out|peer", str(error)):
-        return f"process {rank()} waits in vain for another, which is gone or hangs"
+        return f"process {rank()} lost contact with another process, which died or hangs"
     return None
 
 

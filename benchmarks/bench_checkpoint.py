@@ -1,7 +1,6 @@
-"""What a checkpoint costs: `python benchmarks/bench_checkpoint.py` prints seconds and bytes.
+"""Time and size of a checkpoint: `python benchmarks/bench_checkpoint.py`.
 
-Builds a published model with AdamW's state as after a step, writes its checkpoint several times, on
-the file system of --directory, and reads it back as often.
+Builds a published model with AdamW's state, and repeatedly writes and reads its checkpoint.
 """
 
 import argparse
@@ -21,9 +20,9 @@ from util.config import load_config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("bench_checkpoint.py", description="Cost of a checkpoint.")
+    parser = argparse.ArgumentParser("bench_checkpoint.py", description="Time a checkpoint.")
     parser.add_argument("-c", "--config", default="configs/dino_4scale_r50.py", metavar="FILE")
-    parser.add_argument("--directory", default=".", metavar="DIR", help="file system to write to")
+    parser.add_argument("--directory", default=".", metavar="DIR", help="where to write it")
     parser.add_argument("--repetitions", type=int, default=5, metavar="N")
     args = parser.parse_args()
     class_map = ClassMap.identity([{"id": i} for i in range(91)], 91)

@@ -3,13 +3,13 @@
     python benchmarks/bench_ms_deform_attn.py                 # on the CPU, OMP_NUM_THREADS threads
     python benchmarks/bench_ms_deform_attn.py --device cuda   # on a GPU, in fp32 and bf16
 
-Every contestant gets the same tensors, and all must agree before any is timed. Repetitions are
-interleaved, so that whatever else the machine does meets all alike; a time is their median. The
-floor is what the bytes and operations that no implementation can avoid take at the machine's
-ceilings, copying memory and multiplying matrices, which are measured in the same run.
+All implementations get the same tensors and must agree before they are timed. Repetitions are
+interleaved, so that other load affects all of them equally; results are medians. The floor is the
+time for the unavoidable bytes and operations at the machine's ceilings for copying memory and
+multiplying matrices, which are measured in the same run.
 
-Locations: `near` has each query look around its reference point, as a trained model does, at a
-spread of 4 pixels of each level; `anywhere` is uniform over the image.
+Locations: `near` is around the query's reference point, as in a trained model, with a standard
+deviation of 4 pixels in each level; `anywhere` is uniform over the image.
 """
 
 import argparse
@@ -39,7 +39,7 @@ M, D, P = 8, 32, 4
 PACKAGE = "torch-ms-deform-attn"
 SMALL = ((60, 80), (30, 40), (15, 20), (8, 10))  # an image of 480 x 640
 LARGE = ((100, 134), (50, 67), (25, 34), (13, 17))  # of 800 x 1066
-# B, levels, Q of each shape; Q None: every pixel is a query, as in the encoder.
+# B, levels and Q of each shape; Q None: every pixel is a query, as in the encoder.
 SHAPES = {
     "cpu": {"E: encoder": (1, SMALL, None), "Dc: decoder": (1, SMALL, 900)},
     "cuda": {"encoder": (2, LARGE, None), "decoder": (2, LARGE, 1100)},
@@ -47,7 +47,7 @@ SHAPES = {
 
 
 def make_tensors(shape: tuple, where: str, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """The op's five inputs and its output's gradient."""
+    """The op's five inputs and the gradient of its output."""
     torch.manual_seed(0)
     B, levels, Q = shape
     shapes = torch.tensor(levels)
@@ -69,7 +69,7 @@ def make_tensors(shape: tuple, where: str, dtype: torch.dtype, device: str) -> l
 
 
 def by_grid_sample(value, spatial_shapes, level_start_index, locations, weights) -> Tensor:
-    """The usual PyTorch form: one grid_sample for each level, then a weighted sum."""
+    """The usual PyTorch implementation: one grid_sample per level, then a weighted sum."""
     B, _, M, D = value.shape
     levels = spatial_shapes.tolist()
     images = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in levels], dim=-1)
@@ -88,19 +88,19 @@ def by_backend(name: str, *inputs: Tensor) -> Tensor:
     return ms_deform_attn(*inputs)
 
 
-def find_contestants(device: str) -> dict[str, Callable[..., Tensor]]:
-    contestants = {"grid_sample": by_grid_sample, "reference": partial(by_backend, "reference")}
+def find_implementations(device: str) -> dict[str, Callable[..., Tensor]]:
+    functions = {"grid_sample": by_grid_sample, "reference": partial(by_backend, "reference")}
     compiled = "cpp" if device == "cpu" else "cuda"
     try:
         native.load(compiled)
-        contestants[compiled] = partial(by_backend, compiled)
+        functions[compiled] = partial(by_backend, compiled)
     except native.Unavailable as problem:
-        print(f"{compiled} is left out: {problem}")
+        print(f"skipping {compiled}: {problem}")
     try:
-        contestants[PACKAGE] = importlib.import_module("torch_ms_deform_attn").ms_deform_attn
+        functions[PACKAGE] = importlib.import_module("torch_ms_deform_attn").ms_deform_attn
     except ImportError:
-        print(f"{PACKAGE} is left out: not installed")
-    return contestants
+        print(f"skipping {PACKAGE}: not installed")
+    return functions
 
 
 def prepare(function: Callable, direction: str, tensors: list[Tensor]) -> Callable:
@@ -113,14 +113,14 @@ def prepare(function: Callable, direction: str, tensors: list[Tensor]) -> Callab
 
 
 def disagreement(runs: dict[str, Callable]) -> float:
-    """The largest difference from the reference, as a fraction of its largest number."""
+    """The maximum difference from the reference, relative to its maximum."""
     results = {name: run() for name, run in runs.items()}
     pairs = (zip(result, results["reference"], strict=True) for result in results.values())
     error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in itertools.chain(*pairs))
-    # The kernels add in another order, in bf16 grid_sample and the package round in other places.
+    # Kernels sum in a different order; in bf16, grid_sample and the package round elsewhere.
     allowed = 1e-4 if results["reference"][0].dtype == torch.float32 else 1e-1
     if not error <= allowed:
-        raise SystemExit(f"the contestants disagree by {error:.1e}, more than {allowed}")
+        raise SystemExit(f"the implementations disagree by {error:.1e}, more than {allowed}")
     return error
 
 
@@ -140,15 +140,15 @@ def time_all(runs: dict[str, Callable], device: str, repetitions: int) -> dict[s
     times = {name: [] for name in runs}
     for name, run in (3 + repetitions) * list(runs.items()):
         times[name].append(milliseconds(run, device))
-    return {name: values[3:] for name, values in times.items()}  # the first three warm up
+    return {name: values[3:] for name, values in times.items()}  # without the three warm-ups
 
 
 def find_floor(tensors: list[Tensor], direction: str, device: str, repetitions: int) -> dict:
-    """Bytes and multiply-adds of one call, and how long a copy and a matrix product take for them.
+    """Bytes and multiply-adds of a call, and the time of an equivalent copy and matrix product.
 
-    Forward reads value, locations and weights and writes the output; one multiply-add for each of
-    4 pixels, sample and channel. Backward reads the three and the output's gradient, writes three
-    gradients, and needs two multiply-adds where forward needs one.
+    Forward reads value, locations and weights, writes the output, and does one multiply-add for
+    each of 4 pixels, sample and channel. Backward reads these three and the output's gradient,
+    writes three gradients, and does two multiply-adds per forward one.
     """
     value, _, _, locations, weights, grad = tensors
     read, adds = value.numel() + locations.numel() + weights.numel(), 4 * weights.numel() * D
@@ -167,10 +167,10 @@ def find_floor(tensors: list[Tensor], direction: str, device: str, repetitions: 
 
 
 def peak_memory(function: Callable, shape: tuple) -> float:
-    """MiB that the first forward + backward of a fresh process adds on the CPU; Linux."""
+    """MiB added by the first forward + backward of a new process; CPU, Linux."""
     peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    for each in ((1, ((2, 2),), None), shape):  # the first, tiny, loads what is loaded but once
-        tensors = make_tensors(each, "anywhere", torch.float32, "cpu")
+    for case in ((1, ((2, 2),), None), shape):  # a tiny one first, for one-time allocations
+        tensors = make_tensors(case, "anywhere", torch.float32, "cpu")
         run = prepare(function, "forward + backward", tensors)
         before = peak()
         run()
@@ -193,16 +193,16 @@ def describe_machine(device: str) -> dict:
     }
 
 
-def measure(contestants: dict[str, Callable], device: str, repetitions: int) -> list[dict]:
-    """One entry for each shape, type, set of locations and direction; prints a row for each."""
-    print(f"| shape | type | locations | direction | {' | '.join(contestants)} | floor | ours is |")
-    print("|---" * (6 + len(contestants)) + "|")
+def measure(functions: dict[str, Callable], device: str, repetitions: int) -> list[dict]:
+    """An entry for each shape, dtype, kind of locations and direction; prints them as rows."""
+    print(f"| shape | type | locations | direction | {' | '.join(functions)} | floor | ours is |")
+    print("|---" * (6 + len(functions)) + "|")
     dtypes = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
     entries = []
     for shape, dtype, where in itertools.product(SHAPES[device], dtypes, ("near", "anywhere")):
         tensors = make_tensors(SHAPES[device][shape], where, dtype, device)
         for direction in ("forward", "forward + backward"):
-            runs = {name: prepare(f, direction, tensors) for name, f in contestants.items()}
+            runs = {name: prepare(f, direction, tensors) for name, f in functions.items()}
             error, times = disagreement(runs), time_all(runs, device, repetitions)
             entry = {
                 "shape": shape,
@@ -220,43 +220,42 @@ def measure(contestants: dict[str, Callable], device: str, repetitions: int) -> 
 
 
 def print_row(entry: dict) -> None:
-    medians, floor, said = entry["median_ms"], entry["floor_ms"]["sum"], []
+    medians, floor, remarks = entry["median_ms"], entry["floor_ms"]["sum"], []
     if ours := medians.get("cpp") or medians.get("cuda"):
-        said = [f"{ours / floor:.1f} x floor", f"{entry['bytes'] / ours / 1e6:.0f} GB/s"]
+        remarks = [f"{ours / floor:.1f} x floor", f"{entry['bytes'] / ours / 1e6:.0f} GB/s"]
         if PACKAGE in medians:
-            said.append(f"{medians[PACKAGE] / ours:.1f} x as fast as the package")
+            remarks.append(f"{medians[PACKAGE] / ours:.1f} x as fast as the package")
     cells = [entry[key] for key in ("shape", "dtype", "locations", "direction")]
     cells += [f"{ms:.2f} ms" for ms in (*medians.values(), floor)]
-    print(f"| {' | '.join(cells)} | {', '.join(said)} |")
+    print(f"| {' | '.join(cells)} | {', '.join(remarks)} |")
 
 
 def main() -> None:
     formatter = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repetitions", type=int, default=15, help="of each time; at least 7")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/")
+    parser.add_argument("--repetitions", type=int, default=15, help="per median; at least 7")
+    parser.add_argument("--output", type=Path, help="JSON file; default: in benchmarks/results")
     args = parser.parse_args()
     if args.repetitions < 7:
         parser.error("--repetitions must be at least 7")
-    contestants = find_contestants(args.device)
-    package = importlib.metadata.version(PACKAGE) if PACKAGE in contestants else None
+    functions = find_implementations(args.device)
+    package = importlib.metadata.version(PACKAGE) if PACKAGE in functions else None
     versions = {"python": platform.python_version(), "torch": torch.__version__, PACKAGE: package}
     report = {
         "command": f"python {' '.join(sys.argv)}",
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_machine(args.device),
         "versions": versions,
-        "cases": measure(contestants, args.device, args.repetitions),
+        "cases": measure(functions, args.device, args.repetitions),
     }
     if args.device == "cpu":
         peaks = report["peak_MiB_forward_backward"] = {}
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             for name, shape in SHAPES["cpu"].items():
-                found = {n: fresh.apply(peak_memory, (f, shape)) for n, f in contestants.items()}
-                rounded = ", ".join(f"{n} {peak:.0f} MiB" for n, peak in found.items())
+                peaks[name] = {n: pool.apply(peak_memory, (f, shape)) for n, f in functions.items()}
+                rounded = ", ".join(f"{n} {peak:.0f} MiB" for n, peak in peaks[name].items())
                 print(f"peak memory of forward + backward, {name}: {rounded}")
-                peaks[name] = found
     output = args.output or Path(__file__).parent / "results" / f"ms_deform_attn_{args.device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report) + "\n")

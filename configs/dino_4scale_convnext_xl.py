@@ -1,4 +1,4 @@
-"""DINO, ConvNeXt-XL, 4 scales, 12 epochs. The authors give no AP for it."""
+"""DINO, ConvNeXt-XL, 4 scales, 12 epochs. No published AP."""
 
 _base_ = "dino_4scale_r50.py"
 

@@ -1,7 +1,7 @@
 """DINO, ResNet-50, 4 scales, 12 epochs. Published: 49.0 AP on COCO val2017 (50.4 after 24 epochs,
 50.9 after 36)."""
 
-modelname = "dino"  # and with it contrastive denoising and look forward twice
+modelname = "dino"  # implies contrastive denoising and look forward twice
 return_interm_indices = [1, 2, 3]
 transformer_activation = "relu"
 num_queries = 900

@@ -1,7 +1,7 @@
-"""Reading data sets in COCO's instances format.
+"""Data sets in COCO's instances format.
 
-What is wrong with a data set is said when it is loaded, in one line that names the file, rather
-than hours later from inside the training loop.
+Errors in a data set are reported when it is loaded, in one line that names the file, rather than
+hours later from inside the training loop.
 """
 
 import json
@@ -27,32 +27,32 @@ from models.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 logger = logging.getLogger(__name__)
 
-MAX_UNREADABLE = 20  # images in a row that training may find unreadable before it gives up
+MAX_UNREADABLE = 20  # consecutive unreadable images at which training stops
 
 
 def read_image(path: str | Path, size: tuple[float, float] | None = None) -> Tensor:
-    """An image file of any mode as (3, H, W) uint8 RGB, turned as its EXIF orientation says.
+    """An image file of any mode as (3, H, W) uint8 RGB, rotated to its EXIF orientation.
 
-    size: (height, width) that the annotations count in. If these are the sides of the picture as
-    stored and not as turned, the boxes were drawn without heeding EXIF, and it is left unturned.
+    size: (height, width) in the annotations. If it matches the stored image but not the rotated
+    one, the boxes were drawn without regard to EXIF, and the image is not rotated.
     Transparency is ignored. UserError if the file cannot be decoded.
     """
     try:
         with Image.open(path) as image:
             stored = (image.height, image.width)
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            if not turned or size != stored or stored[0] == stored[1]:
+            swaps_sides = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            if not swaps_sides or size != stored or stored[0] == stored[1]:
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
+            if image.mode.startswith("I"):  # 16 bits; PIL would clip at 255
                 grey = np.asarray(image, dtype=np.float64) / 257
                 image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-            elif image.mode == "P":  # PIL would warn if there is transparency
+            elif image.mode == "P":  # PIL would warn about transparency
                 image = image.convert("RGBA")
             pixels = np.array(image.convert("RGB"))
-    except Exception as error:  # a decoder may raise anything on a broken file
+    except Exception as error:  # decoders may raise anything on a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason})") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # channels last in memory: fast to resize
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # channels last in memory, for fast resizing
 
 
 class CocoDetection(torch.utils.data.Dataset):
@@ -60,15 +60,15 @@ class CocoDetection(torch.utils.data.Dataset):
 
     `dataset[i]` is (image, target): image (3, H, W) float32, normalised; target {"labels": (n,)
     int64, "boxes": (n, 4) float32 cxcywh in [0, 1] of the transformed image, "image_id": (), and
-    "orig_size" and "size": (2,) int64 (h, w) before and after the transforms}. Crowds, boxes that
-    are not finite, have no area or lie outside the image are no targets; images without any stay.
+    "orig_size" and "size": (2,) int64 (h, w) before and after the transforms}. Targets exclude
+    crowds and boxes that are not finite, empty or outside the image; they may have n = 0.
 
-    class_map: the labels of an already trained model, or what makes them from the categories.
-    train: augmentation is random, but a function of (seed, epoch, i) alone; an unreadable image is
-    replaced by the next one, with the files passed over in the target's "skipped". With `strict`,
-    or not in training, an unreadable image is a UserError.
-    annotated: False for a test set, whose file has no annotations and, where class_map is made
-    already, perhaps no categories.
+    class_map: the labels of a trained model, or a function from categories to labels.
+    train: augmentation depends only on (seed, epoch, i). An unreadable image is replaced by the
+    next one, and its file is listed in the target's "skipped"; with `strict`, or without `train`,
+    it raises UserError.
+    annotated: False for a test set, which has no annotations and, if class_map is given, need not
+    have categories.
     """
 
     def __init__(
@@ -84,16 +84,16 @@ class CocoDetection(torch.utils.data.Dataset):
     ):
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
         self.transforms, self.train, self.seed, self.strict = transforms, train, seed, strict
-        # In shared memory, so that workers that outlive an epoch see the next one.
+        # In shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._warned_of_size, self._drop_empty = False, DropEmptyBoxes()
+        self._warned_about_size, self._drop_empty = False, DropEmptyBoxes()
 
         data = self._load_json()
         images = self._section(data, "images")
         self.image_ids = self._field(images, "image", "id", _is_int, "an integer")
         self.file_names = self._field(images, "image", "file_name", _is_name, "a path")
         sides = [self._field(images, "image", k, _is_number, "pixels") for k in ("height", "width")]
-        # (images, 2); infinite where the file does not say, as boxes are clipped to these sizes.
+        # (images, 2); infinite if unknown, as boxes are clipped to these sizes.
         sides = np.array(sides, dtype=np.float64).T
         self._sizes = np.where(sides > 0, sides, np.inf)
         self._check_files()
@@ -104,17 +104,17 @@ class CocoDetection(torch.utils.data.Dataset):
             self.class_map = class_map(self.categories) if callable(class_map) else class_map
         except UserError as error:
             raise UserError(f"{self.annotation_file}: {error}") from None
-        self._warn_of_other_names()
-        self._index(self._section(data, "annotations", annotated))
+        self._check_category_names()
+        self._set_annotations(self._section(data, "annotations", annotated))
         if annotated and not len(self._labels):
-            self._fail("has no usable object", "it needs boxes with an area that are no crowd")
+            self._fail("has no usable object", "at least one non-empty, non-crowd box is needed")
 
     def _fail(self, problem: str, remedy: str) -> NoReturn:
         raise UserError(f"{self.annotation_file}: {problem}: {remedy}")
 
     def _load_json(self) -> dict[str, Any]:
         try:
-            data = json.loads(self.annotation_file.read_bytes(), object_hook=_without_outline)
+            data = json.loads(self.annotation_file.read_bytes(), object_hook=_without_segmentation)
         except OSError as error:
             self._fail(f"cannot be read ({error.strerror})", "check the path to the annotations")
         except ValueError as error:
@@ -129,22 +129,21 @@ class CocoDetection(torch.utils.data.Dataset):
             self._fail(f"'{key}' {problem}", "COCO's instances format is expected")
         return items
 
-    def _field(self, items: list[dict], kind: str, key: str, valid: Callable, what: str) -> list:
-        """`key` of every item; UserError that names the first whose value is not valid, or the id
-        that occurs twice."""
+    def _field(self, items: list[dict], kind: str, key: str, valid: Callable, wanted: str) -> list:
+        """`key` of every item. UserError for the first invalid value, and for a duplicate id."""
         values = [item.get(key) for item in items]
         for position, value in enumerate(values):
             if not valid(value):
                 name = f"{kind} {items[position].get('id', f'number {position + 1}')}"
                 found = repr(value) if key in items[position] else "missing"
-                self._fail(f"'{key}' of {name} is {found}", f"it must be {what}")
+                self._fail(f"'{key}' of {name} is {found}", f"it must be {wanted}")
         if key == "id" and len(set(values)) < len(values):
-            twice = Counter(values).most_common(1)[0][0]
-            self._fail(f"{kind} id {twice} occurs more than once", "make the ids unique")
+            duplicate = Counter(values).most_common(1)[0][0]
+            self._fail(f"{kind} id {duplicate} occurs more than once", "make the ids unique")
         return values
 
     def _check_files(self) -> None:
-        """All image files exist. One listing a directory: asking for each file takes minutes."""
+        """UserError if image files are missing. Lists directories: stat for each file is slow."""
         paths = [os.path.split(name) for name in self.file_names]
         remedy = "check the path to the images"
         try:
@@ -157,22 +156,22 @@ class CocoDetection(torch.utils.data.Dataset):
             problem = f"{self.image_dir / missing[0]}: no such file; {images} are missing"
             raise UserError(f"{problem}: {remedy}")
 
-    def _warn_of_other_names(self) -> None:
-        """The same ids under other names: most likely two exports that numbered differently."""
+    def _check_category_names(self) -> None:
+        """Warn about ids with another name in the model: exports may number differently."""
         known = {id_: self.class_map.names[label] for label, id_ in self.class_map.ids.items()}
         for category in self.categories:
             id_, name = category["id"], str(category.get("name"))
             if "name" in category and known.get(id_, name).lower() != name.lower():
-                message = "%s: category %d is %r here, but %r to the model: check the ids"
+                message = "%s: category %d is %r here, but %r in the model: check the ids"
                 logger.warning(message, self.annotation_file, id_, name, known[id_])
 
-    def _index(self, items: list[dict]) -> None:
-        """Annotations become arrays, as dicts would in time be copied into every worker."""
+    def _set_annotations(self, items: list[dict]) -> None:
+        """Store annotations in arrays; reading dicts would copy them into every worker."""
         column = partial(self._field, items, "annotation")
         index_of = {id_: position for position, id_ in enumerate(self.image_ids)}
         image = column("image_id", _is_in(index_of), "the id of an image in this file")
         image = np.array([index_of[i] for i in image], dtype=np.int64)
-        label_of, known = self.class_map.label_of, "the id of a category that the model knows"
+        label_of, known = self.class_map.label_of, "the id of a category of the model"
         category = column("category_id", _is_in(label_of), known)
         label = np.array([label_of[i] for i in category], dtype=np.int64)
         boxes = column("bbox", _is_box, "[x, y, width, height]")
@@ -181,40 +180,40 @@ class CocoDetection(torch.utils.data.Dataset):
         area = np.where(np.isfinite(area), area, boxes[:, 2] * boxes[:, 3])
         crowd = np.array([bool(item.get("iscrowd")) for item in items], dtype=bool)
 
-        sound = np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)
+        valid = np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)
         truth = {"image_id": np.array(self.image_ids)[image], "category_id": np.array(category)}
         truth |= {"bbox": boxes, "area": area, "iscrowd": crowd}
-        self._truth = {key: values[sound] for key, values in truth.items()}
+        self._truth = {key: values[valid] for key, values in truth.items()}
 
-        usable = np.flatnonzero(sound & ~crowd)
+        usable = np.flatnonzero(valid & ~crowd)
         usable = usable[np.argsort(image[usable], kind="stable")]
         xyxy = np.concatenate([boxes[usable, :2], boxes[usable, :2] + boxes[usable, 2:]], axis=1)
         clipped = xyxy.clip(0, self._sizes[image[usable]][:, [1, 0, 1, 0]])
         inside = (clipped[:, 2:] > clipped[:, :2]).all(1)
         self._boxes, self._labels = clipped[inside].astype(np.float32), label[usable][inside]
-        self._first = np.searchsorted(image[usable][inside], np.arange(len(self) + 1))
-        # Rounding leaves many boxes a fraction of a pixel outside, which is not worth a word.
-        beyond = np.abs(clipped - xyxy)[inside].max(1, initial=0) > 1
-        counts = (~sound).sum(), (~inside).sum(), beyond.sum()
+        self._offsets = np.searchsorted(image[usable][inside], np.arange(len(self) + 1))
+        # Rounding moves many boxes a fraction of a pixel outside: no warning for those.
+        moved = np.abs(clipped - xyxy)[inside].max(1, initial=0) > 1
+        counts = (~valid).sum(), (~inside).sum(), moved.sum()
         if any(counts):
-            message = "%s: %d boxes left out as not finite or without area, %d left out as outside"
-            logger.warning(f"{message} the image, %d clipped to it", self.annotation_file, *counts)
+            message = "%s: ignored %d empty or non-finite boxes and %d outside the image"
+            logger.warning(f"{message}, clipped %d to the image", self.annotation_file, *counts)
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the augmentation, in the workers too, which epoch it is."""
+        """Set the epoch that augmentation depends on, also in the workers."""
         self._epoch.fill_(epoch)
 
     def most_objects(self) -> tuple[int, str]:
         """The largest number of objects in an image, and the image's file name."""
-        counts = np.diff(self._first)
+        counts = np.diff(self._offsets)
         return int(counts.max()), self.file_names[counts.argmax()]
 
     def ground_truth(self, image_ids: set[int]) -> dict[str, list[dict]]:
-        """Annotations of some images for COCO's evaluation: boxes as in the file, crowds included,
-        areas filled in. Numbered anew, since ids may be missing and COCOeval cannot match id 0.
+        """Annotations of some images for COCO's evaluation: boxes as in the file, with crowds and
+        missing areas filled in. Ids are new: some may be missing, and COCOeval cannot match id 0.
         """
         chosen = np.isin(self._truth["image_id"], list(image_ids))
         columns = {key: values[chosen].tolist() for key, values in self._truth.items()}
@@ -227,13 +226,13 @@ class CocoDetection(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         image, position, skipped = self._read(index)
-        size, said = tuple(image.shape[-2:]), tuple(self._sizes[position].tolist())
-        if size != said and np.inf not in said and not self._warned_of_size:
-            self._warned_of_size = True  # in every worker once
-            message = "%s: (height, width) of %s is %s, not %s: are boxes in its pixels?"
+        size, declared_size = tuple(image.shape[-2:]), tuple(self._sizes[position].tolist())
+        if size != declared_size and np.inf not in declared_size and not self._warned_about_size:
+            self._warned_about_size = True  # once per worker
+            message = "%s: (height, width) of %s is %s, not %s: check that boxes match the image"
             name = self.file_names[position]
-            logger.warning(message, self.annotation_file, name, size, said)
-        objects = slice(*self._first[position : position + 2])
+            logger.warning(message, self.annotation_file, name, size, declared_size)
+        objects = slice(*self._offsets[position : position + 2])
         boxes = torch.from_numpy(self._boxes[objects])
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
         labels = torch.from_numpy(self._labels[objects])
@@ -241,7 +240,7 @@ class CocoDetection(torch.utils.data.Dataset):
         image, target = self._drop_empty(tv_tensors.Image(image), target)
         seed = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed the GPUs as well, which fork_rng does not undo here.
+            # torch.manual_seed would also seed the GPUs, which fork_rng does not restore here.
             torch.default_generator.manual_seed(int(seed))
             image, target = self.transforms(image, target)
         target["image_id"] = torch.tensor(self.image_ids[position])
@@ -250,7 +249,7 @@ class CocoDetection(torch.utils.data.Dataset):
         return image, {**target, "skipped": skipped} if skipped else target
 
     def _read(self, index: int) -> tuple[Tensor, int, list[str]]:
-        """The image at `index`, or in training the next readable one; its place; those skipped."""
+        """The image at `index`, or in training the next readable one; its index; skipped files."""
         skipped: list[str] = []
         while True:
             position = (index + len(skipped)) % len(self)
@@ -261,12 +260,12 @@ class CocoDetection(torch.utils.data.Dataset):
             except UserError as error:
                 skipped.append(name)
                 if self.strict or not self.train or len(skipped) == MAX_UNREADABLE:
-                    remedy = f"replace it or take it out of {self.annotation_file}"
+                    remedy = f"replace it or remove it from {self.annotation_file}"
                     raise UserError(f"{error}: {remedy}") from None
 
 
-def _without_outline(item: dict) -> dict:
-    """Dropping outlines while parsing halves the time and the memory that COCO takes to load."""
+def _without_segmentation(item: dict) -> dict:
+    """Dropping these while parsing halves the time and memory needed to load COCO."""
     item.pop("segmentation", None)
     return item
 
@@ -279,7 +278,7 @@ _is_box = lambda value: isinstance(value, list) and len(value) == 4 and all(map(
 
 
 def collate(batch: list[tuple[Tensor, dict]]) -> tuple[NestedTensor, list[dict]]:
-    """Samples to one padded batch of images and the list of their targets."""
+    """A padded batch of images and the list of their targets."""
     images, targets = zip(*batch, strict=True)
     return nested_tensor_from_tensor_list(images), list(targets)
 
@@ -287,18 +286,18 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[NestedTensor, list[dict]]
 def build_dataset(
     cfg: Any, split: str, class_map: ClassMap | Callable[[list[dict]], ClassMap] | None = None
 ) -> CocoDetection:
-    """The "train", "val" or "test" part of the data set at `cfg.coco_path`, laid out as COCO 2017.
+    """The "train", "val" or "test" split of a data set in COCO 2017's layout at `cfg.coco_path`.
 
-    class_map: as in CocoDetection; by default made from the categories and `cfg.num_classes`.
+    class_map: as in CocoDetection; by default from the categories and `cfg.num_classes`.
     """
     if not cfg.coco_path:
-        raise UserError("coco_path is not set: give the data set's directory with --coco_path")
+        raise UserError("coco_path is not set: pass the data set's directory with --coco_path")
     root, train, test = Path(cfg.coco_path), split == "train", split == "test"
     name = "image_info_test-dev2017" if test else f"instances_{split}2017"
     paths = root / f"{split}2017", root / "annotations" / f"{name}.json"
-    first = cfg.data_aug_scales, cfg.data_aug_max_size
-    second = cfg.data_aug_scales2_resize, cfg.data_aug_scales2_crop, cfg.fix_size
-    transforms = train_transforms(*first, *second) if train else eval_transforms(*first)
+    resize = cfg.data_aug_scales, cfg.data_aug_max_size
+    crop = cfg.data_aug_scales2_resize, cfg.data_aug_scales2_crop, cfg.fix_size
+    transforms = train_transforms(*resize, *crop) if train else eval_transforms(*resize)
     class_map = class_map or partial(ClassMap.from_categories, num_classes=cfg.num_classes)
     options = {"seed": cfg.seed, "strict": cfg.strict_data, "annotated": not test}
     return CocoDetection(*paths, transforms, class_map, train, **options)

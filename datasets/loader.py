@@ -1,4 +1,4 @@
-"""Batches: which images make up each, and which process takes it."""
+"""Assignment of images to batches and of batches to processes."""
 
 import math
 from collections.abc import Iterator
@@ -13,23 +13,22 @@ from util.distributed import rank, world_size
 
 
 class EpochBatches(Sampler[list[int]]):
-    """The indices of every batch of an epoch that falls to this process.
+    """The indices of each of this process's batches in an epoch.
 
-    The data set, in training shuffled by the seed and `epoch` alone, is cut into batches that the
-    processes take in turn: a batch holds the same images however many they are. In training all
-    processes get equally many, in groups of `group`, and a rest is left out; in evaluation every
-    image comes once. The first `start` batches, done before, are passed over.
+    The data set, in training shuffled by the seed and `epoch` alone, is split into batches that are
+    dealt to the processes in turn, so batches do not depend on the number of processes. In training
+    all processes get the same multiple of `group` batches and a remainder is dropped; in evaluation
+    every image occurs once. The first `start` batches are skipped.
     """
 
     def __init__(self, size: int, batch_size: int, train: bool, seed: int = 0, group: int = 1):
         self.size, self.batch_size, self.train, self.seed = size, batch_size, train, seed
         self.epoch = self.start = 0
-        mine = math.ceil((math.ceil(size / batch_size) - rank()) / world_size())
+        self.total = math.ceil((math.ceil(size / batch_size) - rank()) / world_size())
         if train:
-            mine = size // (batch_size * world_size() * group) * group
-            if mine == 0 and world_size() == group == 1:
-                mine = 1  # a smaller one
-        self.total = mine
+            self.total = size // (batch_size * world_size() * group) * group
+            if self.total == 0 and world_size() == group == 1:
+                self.total = 1  # one smaller batch
 
     def __len__(self) -> int:
         return self.total - self.start
@@ -45,7 +44,7 @@ class EpochBatches(Sampler[list[int]]):
 
 
 def build_loader(dataset: CocoDetection, cfg: Config, train: bool) -> DataLoader:
-    """Batches (NestedTensor, targets); UserError if a training set is too small for one step."""
+    """Batches (NestedTensor, targets). UserError if a training set is too small for one step."""
     group = cfg.accumulate if train else 1
     size = cfg.batch_size if train else cfg.eval_batch_size
     batches = EpochBatches(len(dataset), size, train, cfg.seed, group)

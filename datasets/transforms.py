@@ -2,11 +2,11 @@
 
 A pipeline is called as `pipeline(image, target)`: image a `tv_tensors.Image` (3, H, W) uint8,
 target a dict with "boxes", `tv_tensors.BoundingBoxes` (n, 4) XYXY in pixels, and "labels" (n,). It
-returns the normalised float32 image and the target with boxes (n, 4) cxcywh in [0, 1]. For
-evaluation an image alone will do. All randomness comes from torch's CPU generator.
+returns the normalised float32 image and the target with boxes (n, 4) cxcywh in [0, 1]. Evaluation
+pipelines also accept an image alone. All randomness comes from torch's CPU generator.
 
-Images are tensors, channels last in memory, since torch resizes these several times faster than
-PIL does PIL images, and to the same pixels but for one grey level here and there.
+Images are tensors, channels last in memory: resizing them is several times faster than with PIL,
+and the results differ by at most one grey level.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from models.preprocess import normalize, resized_size
 
 
 class ResizeShortestSide(v2.Transform):
-    """Resizes the shorter side to one of `sizes`, the longer to at most `max_size`."""
+    """Resizes the shorter side to a random one of `sizes`, the longer to at most `max_size`."""
 
     def __init__(self, sizes: Sequence[int], max_size: int | None = None):
         super().__init__()
@@ -38,7 +38,7 @@ class ResizeShortestSide(v2.Transform):
 
 
 class RandomSizeCrop(v2.Transform):
-    """Cuts out a rectangle whose sides are drawn from [low, high], as far as the image reaches."""
+    """Crops to sides drawn uniformly from [low, high], limited by the image's sides."""
 
     def __init__(self, low: int, high: int):
         super().__init__()
@@ -46,10 +46,9 @@ class RandomSizeCrop(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
-        # An image smaller than `low` is left as it is along that side.
         ranges = [(min(self.low, side), min(self.high, side) + 1) for side in (height, width)]
         h, w = (int(torch.randint(*limits, ())) for limits in ranges)
-        top, left = (int(torch.randint(free + 1, ())) for free in (height - h, width - w))
+        top, left = (int(torch.randint(margin + 1, ())) for margin in (height - h, width - w))
         return {"top": top, "left": left, "height": h, "width": w}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -57,7 +56,7 @@ class RandomSizeCrop(v2.Transform):
 
 
 class DropEmptyBoxes(nn.Module):
-    """Removes boxes without area, what a crop leaves of objects outside it, and their labels."""
+    """Removes empty boxes, such as those of objects outside a crop, and their labels."""
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         boxes = target["boxes"]
@@ -67,7 +66,7 @@ class DropEmptyBoxes(nn.Module):
 
 
 class ToModelInput(v2.Transform):
-    """Normalises the image as the ImageNet backbones expect it, and boxes to cxcywh in [0, 1]."""
+    """Normalises the image for ImageNet backbones; converts boxes to cxcywh in [0, 1]."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Tensor:
         if isinstance(inpt, tv_tensors.BoundingBoxes):
@@ -84,10 +83,10 @@ def train_transforms(
     scales2_crop: Sequence[int],
     fix_size: bool = False,
 ) -> nn.Module:
-    """Horizontal flip; then, evenly, a resize to one of `scales`, or a resize to one of
-    `scales2_resize`, a crop with sides in `scales2_crop` = (min, max) and the first resize again.
-    Without `scales2_crop` only the first. With `fix_size`, as released, every image becomes as high
-    as the largest of `scales` and `max_size` wide, whatever its shape.
+    """Horizontal flip; then, with equal probability, a resize to one of `scales`, or a resize to
+    one of `scales2_resize`, a crop with sides in `scales2_crop` = (min, max) and a resize to one of
+    `scales`. If `scales2_crop` is empty, there are no crops. With `fix_size`, as released, images
+    are resized to (max(scales), max_size) without preserving the aspect ratio.
     """
     flip = v2.RandomHorizontalFlip(0.5)
     _check_scales("data_aug_scales", scales)
@@ -97,18 +96,18 @@ def train_transforms(
     if scales2_crop:
         _check_scales("data_aug_scales2_resize", scales2_resize)
         if len(scales2_crop) != 2 or not 0 < scales2_crop[0] <= scales2_crop[1]:
-            raise UserError(f"data_aug_scales2_crop is {scales2_crop}: give [min, max] in pixels")
+            raise UserError(f"data_aug_scales2_crop is {scales2_crop}, not [min, max] in pixels")
         shrink, crop = ResizeShortestSide(scales2_resize), RandomSizeCrop(*scales2_crop)
         resize = v2.RandomChoice([resize, v2.Compose([shrink, crop, DropEmptyBoxes(), resize])])
     return v2.Compose([flip, resize, ToModelInput()])
 
 
 def eval_transforms(scales: Sequence[int], max_size: int) -> nn.Module:
-    """Resize of the shorter side to the largest of `scales`, the longer to at most `max_size`."""
+    """Resizes the shorter side to the largest of `scales`, the longer to at most `max_size`."""
     _check_scales("data_aug_scales", scales)
     return v2.Compose([ResizeShortestSide([max(scales)], max_size), ToModelInput()])
 
 
 def _check_scales(name: str, scales: Sequence[int]) -> None:
     if not scales or min(scales) < 1:
-        raise UserError(f"{name} is {list(scales)}: give at least one size, in pixels")
+        raise UserError(f"{name} is {list(scales)}, not a list of sizes in pixels")

@@ -1,4 +1,4 @@
-"""Between the labels of a model and the categories of a data set."""
+"""The mapping between the labels of a model and the categories of a data set."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from .errors import UserError
 
 COCO_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-COCO_NUM_CLASSES = 91  # in the published models a label is the category id; unused ids stay empty
+COCO_NUM_CLASSES = 91  # published models use category ids as labels; some stay unused
 
 
 @dataclass(frozen=True)
 class ClassMap:
-    """Between a model's labels 0 .. num_classes - 1 and the categories of a data set.
+    """Maps a model's labels 0 .. num_classes - 1 to the categories of a data set.
 
-    ids: {label: category id}; names: {label: category name}. Labels without category are absent.
+    ids: {label: category id}; names: {label: category name}. Labels without a category are absent.
     """
 
     num_classes: int
@@ -29,9 +29,9 @@ class ClassMap:
 
     @classmethod
     def from_categories(cls, categories: list[dict], num_classes: int | None = None) -> ClassMap:
-        """COCO's 80 ids, and any below 91 if 91 classes are asked for, are used as labels, so that
-        released checkpoints fit; other ids are numbered in ascending order. `num_classes` may
-        exceed the number of categories; if it is smaller: UserError.
+        """Use COCO's 80 ids, and any ids below 91 if `num_classes` is 91, as labels, to match
+        released checkpoints; number other ids in ascending order. UserError if `num_classes` is
+        less than the number of categories.
         """
         ids = {c["id"] for c in categories}
         count = num_classes or (COCO_NUM_CLASSES if ids == COCO_IDS else len(ids))
@@ -41,7 +41,7 @@ class ClassMap:
             return unchanged
         if count < len(ids):
             problem = f"num_classes is {count}, but there are {len(ids)} categories"
-            raise UserError(f"{problem}: set num_classes to {len(ids)} or more, or leave it out")
+            raise UserError(f"{problem}: set num_classes to {len(ids)} or more, or omit it")
         names = unchanged.names.values()
         return cls(count, dict(enumerate(unchanged.ids)), dict(enumerate(names)))
 
@@ -54,14 +54,14 @@ class ClassMap:
 
     @classmethod
     def of_released(cls, categories: list[dict], num_classes: int) -> ClassMap:
-        """For a model whose checkpoint carries no map: ids are labels, as in the released code, or
-        numbered in ascending order where one of them is no label of the model."""
+        """For a checkpoint without a class map: use ids as labels, like the released code, or
+        number them in ascending order if one is not a label of the model."""
         if all(0 <= c["id"] < num_classes for c in categories):
             return cls.identity(categories, num_classes)
         return cls.from_categories(categories, num_classes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists, for checkpoints and JSON."""
+        """Numbers, strings and lists only, for checkpoints and JSON."""
         rows = [[label, id_, self.names[label]] for label, id_ in self.ids.items()]
         return {"num_classes": self.num_classes, "categories": rows}
 

@@ -1,7 +1,7 @@
-"""Where the decoder's queries come from (DINO, section 3.4).
+"""Query selection (DINO, section 3.4).
 
-Static: content and anchors are learned. Pure: both come from the encoder's tokens that look most
-like an object. Mixed, DINO's own: the anchors come from those tokens, the content is learned.
+Static: content and anchors are learned. Pure: both come from the encoder tokens with the highest
+scores. Mixed, as in DINO: anchors come from those tokens, the content is learned.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from .errors import UserError
 
 @dataclass
 class Selection:
-    """K selected tokens of each image: features (B, K, D), anchors (B, K, 4) before the sigmoid,
-    and what the encoder's heads say of all tokens, logits (B, S, C) and boxes (B, S, 4) before the
-    sigmoid; index (B, K) tells which were selected."""
+    """K selected tokens per image: features (B, K, D), anchors (B, K, 4) before the sigmoid, index
+    (B, K) among all S tokens; and the encoder heads' predictions for all tokens: logits (B, S, C)
+    and boxes (B, S, 4) before the sigmoid."""
 
     features: Tensor
     anchors: Tensor
@@ -37,10 +37,10 @@ def take(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def proposals(tokens: LevelTokens) -> tuple[Tensor, Tensor]:
-    """A box around each token: its place, and 0.05 * 2^level wide and high.
+    """A box centred on each token, with sides 0.05 * 2^level.
 
-    Returns (B, S, 4) before the sigmoid, infinite where the token is padding or the box leaves
-    (0.01, 0.99), and (B, S, 1), True where it is neither.
+    Returns (B, S, 4) before the sigmoid, infinite if the token is padding or a coordinate is
+    outside (0.01, 0.99), and usable (B, S, 1), True if it is neither.
     """
     centre = tokens.locations()
     level = torch.arange(len(tokens.spatial_shapes), device=centre.device)
@@ -59,13 +59,12 @@ def select_queries(
     num_queries: int,
     score: Callable[[Tensor], Tensor],
 ) -> Selection:
-    """The `num_queries` tokens of memory (B, S, D) with the best `score` of their logits.
-
-    UserError where an image has fewer tokens.
+    """The `num_queries` tokens of memory (B, S, D) with the highest `score(logits)`. UserError if
+    an image has fewer tokens.
     """
     if memory.shape[1] < num_queries:
         raise UserError(
-            f"num_queries: {num_queries} queries cannot be selected among the {memory.shape[1]} "
+            f"num_queries: {num_queries} queries cannot be selected from the {memory.shape[1]} "
             "tokens of the images; use fewer queries or larger images"
         )
     anchors, usable = proposals(tokens)

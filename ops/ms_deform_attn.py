@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, section 4.1).
 
-`ms_deform_attn` is one entry to three backends: a PyTorch reference, a C++ kernel for the CPU and
-a CUDA kernel. `MSDeformAttn` is the attention module around it. Both work without any build.
+`ms_deform_attn` dispatches to one of three backends: a PyTorch reference, a C++ kernel for the CPU
+and a CUDA kernel. `MSDeformAttn` is the attention module. Both work without compilation.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import native
 from .reference import ms_deform_attn_reference, ms_deform_attn_reference_backward
 
-_AXES = {  # of the arguments
+_AXES = {  # of the inputs
     "value": "BSMD",
     "spatial_shapes": "L2",
     "level_start_index": "L",
@@ -24,7 +24,7 @@ _AXES = {  # of the arguments
     "attention_weights": "BQMLP",
 }
 BACKENDS = ("reference", "cpp", "cuda")
-_COMPILED = {"cpu": "cpp", "cuda": "cuda"}  # for each type of device
+_COMPILED = {"cpu": "cpp", "cuda": "cuda"}  # by device type
 _VARIABLE = "MS_DEFORM_ATTN_BACKEND"
 _log = logging.getLogger(__name__)
 
@@ -36,32 +36,32 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Weighted sums of values sampled at a few locations of every feature level.
+    """Weighted sums of values sampled at a few locations in every feature level.
 
         output[b, q, m] = sum over l, p of weight[b, q, m, l, p] * value_l(location[b, q, m, l, p])
 
-    where value_l, the rows of level l for image b and head m, is bilinear with pixel centres at
-    (i + 0.5) / size (`align_corners=False`) and zero outside. A location that is NaN is outside.
+    where value_l, the rows of level l for image b and head m, is interpolated bilinearly with
+    zero padding and `align_corners=False`: pixel i is at (i + 0.5) / size. NaN is outside.
 
     Args:
-        value: (B, S, M, D), the levels one after another; M heads of D channels. float64, float32,
-            float16 or bfloat16; the half types are added up in float32.
+        value: (B, S, M, D), the concatenated levels, M heads of D channels; float64, float32,
+            float16 or bfloat16. Half types are accumulated in float32.
         spatial_shapes: (L, 2) int64, the (height, width) of each level.
-        level_start_index: (L,) int64, the row of `value` where each level begins.
-        sampling_locations: (B, Q, M, L, P, 2), (x, y) in fractions of the level's width and height.
-        attention_weights: (B, Q, M, L, P), used as they are.
-            Both floating; float64 if and only if `value` is. float32 beside a half `value` keeps
-            the locations' precision.
+        level_start_index: (L,) int64, the first row of each level in `value`.
+        sampling_locations: (B, Q, M, L, P, 2), (x, y) in fractions of the level's size.
+        attention_weights: (B, Q, M, L, P), not normalised here.
+            Both are float64 if and only if `value` is; float32 with a half `value` preserves the
+            precision of the locations.
 
     Returns:
-        (B, Q, M * D) in the type of `value`.
+        (B, Q, M * D) with the dtype of `value`.
 
     Raises:
-        ValueError, TypeError: naming the argument with the wrong shape, type or device. On the CPU
-            the levels must lie inside `value` without overlap; on a GPU, where looking would make
-            it wait, a level that does not fit makes the output NaN.
-        RuntimeError: `MS_DEFORM_ATTN_BACKEND` forces a backend that is absent. Differentiating
-            twice.
+        ValueError, TypeError: for an argument with the wrong shape, dtype or device, and on the CPU
+            for levels that overlap or exceed `value`. On a GPU, where checking would synchronise,
+            a level that exceeds `value` makes the output NaN.
+        RuntimeError: if `MS_DEFORM_ATTN_BACKEND` forces an unavailable backend, and for second
+            derivatives.
     """
     inputs = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     _check(*inputs)
@@ -69,7 +69,7 @@ def ms_deform_attn(
 
 
 def _check(*inputs: Tensor) -> None:
-    """Types, devices and shapes; the sizes B, S, M, D, Q, L, P are read off as they first occur."""
+    """Check dtypes, devices and shapes; an axis gets its size from its first occurrence."""
     value, sizes = inputs[0], {"2": 2}
     for (name, axes), tensor in zip(_AXES.items(), inputs, strict=True):
         if name in ("spatial_shapes", "level_start_index"):
@@ -78,20 +78,20 @@ def _check(*inputs: Tensor) -> None:
         elif tensor.dtype not in native.TYPE_CODES:
             raise TypeError(f"{name} must be float64, 32, 16 or bfloat16, not {tensor.dtype}")
         elif (tensor.dtype == torch.float64) != (value.dtype == torch.float64):
-            raise TypeError(f"{name} is {tensor.dtype} beside a value of {value.dtype}")
+            raise TypeError(f"{name} is {tensor.dtype}, but value is {value.dtype}")
         if tensor.device != value.device:
-            raise ValueError(f"{name} is on {tensor.device}, value on {value.device}")
+            raise ValueError(f"{name} is on {tensor.device}, but value is on {value.device}")
         pairs = zip(axes, tensor.shape, strict=False)
         if tensor.dim() != len(axes) or any(sizes.setdefault(a, n) != n for a, n in pairs):
-            wanted = ", ".join(f"{a}={sizes[a]}" if a in sizes and a != "2" else a for a in axes)
-            raise ValueError(f"{name} must have shape ({wanted}), not {tuple(tensor.shape)}")
+            shape = ", ".join(f"{a}={sizes[a]}" if a in sizes and a != "2" else a for a in axes)
+            raise ValueError(f"{name} must have shape ({shape}), not {tuple(tensor.shape)}")
 
 
 def choose_backend(device: torch.device) -> str:
-    """The backend for tensors on `device`: "cpp" on a CPU and "cuda" on a GPU where they are built,
-    else "reference"; the environment variable MS_DEFORM_ATTN_BACKEND forces one.
+    """The backend for tensors on `device`: "cpp" on a CPU and "cuda" on a GPU if they are built,
+    else "reference"; the environment variable MS_DEFORM_ATTN_BACKEND overrides it.
 
-    Raises RuntimeError where the forced one is unknown, absent, or made for another device.
+    RuntimeError if that names a backend that is unknown, unavailable or for another device.
     """
     return _choose(os.environ.get(_VARIABLE), device.type)
 
@@ -109,16 +109,16 @@ def _choose(forced: str | None, device_type: str) -> str:
     except native.Unavailable as error:
         if forced:
             raise RuntimeError(f"{_VARIABLE}={forced}: {error}") from error
-        _log.warning("deformable attention runs on its slow PyTorch reference: %s", error)
+        _log.warning("deformable attention uses the slow PyTorch reference: %s", error)
         return "reference"
     if backend != compiled:
-        raise RuntimeError(f"{_VARIABLE}={forced} cannot work on tensors on {device_type}")
-    _log.info("deformable attention runs on its compiled backend, %s", backend)
+        raise RuntimeError(f"{_VARIABLE}={forced} does not support tensors on {device_type}")
+    _log.info("deformable attention uses the compiled backend %s", backend)
     return backend
 
 
-# The operator, as torch.compile and torch.export see it. Which backend runs is decided in the call.
-# It is named for this package, so that this folder and an installed copy of it get on together.
+# The operator that torch.compile and torch.export see; it chooses the backend when called. Its
+# namespace contains the package name, so that this folder and an installed copy can coexist.
 
 _NAMESPACE = f"dn_dino_{__package__.replace('.', '_')}"
 _operators = getattr(torch.ops, _NAMESPACE)
@@ -147,10 +147,10 @@ def _backward(grad_output, *inputs):
     backend = choose_backend(inputs[0].device)
     if backend == "reference":
         return ms_deform_attn_reference_backward(grad_output, *inputs)
-    if backend == "cuda" and torch.are_deterministic_algorithms_enabled():  # as torch's own do
+    if backend == "cuda" and torch.are_deterministic_algorithms_enabled():
         problem = (
-            "the backward of ms_deform_attn on CUDA adds in no fixed order;"
-            f" {_VARIABLE}=reference leaves that to torch's own operators"
+            "the backward pass of ms_deform_attn on CUDA is not deterministic;"
+            f" {_VARIABLE}=reference uses torch's operators instead"
         )
         if not torch.is_deterministic_algorithms_warn_only_enabled():
             raise RuntimeError(problem)
@@ -175,7 +175,7 @@ def _differentiate(ctx, grad_output):
 
 
 def _refuse_second_derivative(ctx, *grads):
-    raise RuntimeError("ms_deform_attn has no second derivative: differentiate it once")
+    raise RuntimeError("ms_deform_attn has no second derivative")
 
 
 torch.library.register_autograd(
@@ -185,7 +185,7 @@ torch.library.register_autograd(_BACKWARD_OP, _refuse_second_derivative)
 
 
 def _check_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
-    """On the CPU: raises ValueError unless the levels lie in `value` one after another."""
+    """On the CPU: ValueError if levels overlap or exceed `value`."""
     if value.device.type != "cpu":
         return
     end, starts = 0, level_start_index.tolist()
@@ -193,22 +193,21 @@ def _check_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tens
         if height <= 0 or width <= 0:
             raise ValueError(f"spatial_shapes has a level of {height} x {width} pixels")
         if start < end:
-            raise ValueError(f"level_start_index begins a level at {start}, before row {end}")
+            raise ValueError(f"level_start_index: levels overlap at row {start}, before {end}")
         end = start + height * width
     if end > value.shape[1]:
-        raise ValueError(f"spatial_shapes needs {end} rows, value has {value.shape[1]}")
+        raise ValueError(f"spatial_shapes needs {end} rows, but value has {value.shape[1]}")
 
 
 class MSDeformAttn(nn.Module):
-    """Multi-scale deformable attention: each query samples `n_points` locations of each level.
+    """Multi-scale deformable attention: each query samples `n_points` locations per head and level.
 
-    The locations and their weights are linear in the query; the samples come from a projection of
-    the memory. Parameters bear the released names; initially head m looks along the angle
-    2 pi m / n_heads, point p at p + 1 pixels, with equal weights.
+    Sampling offsets and attention weights are linear in the query; values are a projection of the
+    memory. Parameters have the released names. Initially, point p of head m is p + 1 pixels away at
+    the angle 2 pi m / n_heads, and all weights are equal.
 
     Args:
         d_model: channels of queries, memory and output; a multiple of `n_heads`.
-        n_levels, n_heads, n_points: levels, attention heads, and points on each level and head.
     """
 
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4):
@@ -224,7 +223,7 @@ class MSDeformAttn(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Sets the initial values that the class describes."""
+        """Set the initial values described above."""
         angle = torch.arange(self.n_heads) * (2 * math.pi / self.n_heads)
         direction = F.normalize(torch.stack([angle.cos(), angle.sin()], dim=1), p=math.inf)
         distance = torch.arange(1, self.n_points + 1)
@@ -249,10 +248,10 @@ class MSDeformAttn(nn.Module):
 
         Args:
             reference_points: (B, Q, L, 2) as (x, y) or (B, Q, L, 4) as (cx, cy, w, h), in fractions
-                of each level. With 2 the learned offsets are in pixels; with 4 an offset of
-                `n_points` is half the box's size.
+                of each level. With 2, learned offsets are in pixels; with 4, an offset of
+                `n_points` is half the size of the box.
             spatial_shapes, level_start_index: the levels of `memory`; see `ms_deform_attn`.
-            padding_mask: (B, S) bool, True where memory is padding: its value becomes zero.
+            padding_mask: (B, S) bool, True for padding, whose value becomes zero.
         """
         B, Q, _ = query.shape
         M, L, P = self.n_heads, self.n_levels, self.n_points
@@ -267,7 +266,7 @@ class MSDeformAttn(nn.Module):
         elif points.shape[-1] == 4:
             locations = points[..., :2] + offsets * points[..., 2:] * (0.5 / P)
         else:
-            raise ValueError(f"reference_points must have 2 or 4 numbers, not {points.shape[-1]}")
+            raise ValueError(f"reference_points must have 2 or 4 values, not {points.shape[-1]}")
         value = value.unflatten(-1, (M, -1))
         output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
         return self.output_proj(output)

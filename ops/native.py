@@ -1,7 +1,7 @@
-"""The compiled backends: finding them, loading them, calling them.
+"""Finds, loads and calls the compiled backends.
 
-The libraries hold plain C functions and know nothing of torch, so one build serves every version
-of torch. `ops/setup.py` makes them, here or as the installed package `ms_deform_attn`.
+The libraries contain plain C functions that do not depend on torch, so one build works with every
+version of it. `ops/setup.py` builds them, here or in the installed package `ms_deform_attn`.
 """
 
 import ctypes
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 BUILD_COMMAND = "make op (or: pip install ./ops)"
-_ABI = 1  # of the C functions; a library that returns another number is out of date
+_ABI = 1  # version of the C interface; libraries with another are outdated
 TYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _LIBRARIES = {"cpp": "ms_deform_attn_cpu", "cuda": "ms_deform_attn_cuda"}
 _CPU_ERRORS = {1: "out of memory", 2: "a head of value has 2**31 elements or more"}
 
 
 class Unavailable(RuntimeError):
-    """A compiled backend that cannot be used; the message says why and what to run."""
+    """A compiled backend cannot be used; the message has the reason and a remedy."""
 
 
 @functools.cache
@@ -35,10 +35,10 @@ def load(backend: str) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         abi = getattr(library, f"{name}_abi")()
     except (OSError, AttributeError) as error:
-        raise Unavailable(f"{path} does not load ({error}); rebuild: {BUILD_COMMAND}") from error
+        raise Unavailable(f"{path} cannot be loaded ({error}); rebuild: {BUILD_COMMAND}") from error
     if abi != _ABI:
-        raise Unavailable(f"{path} is of another version; rebuild: {BUILD_COMMAND}")
-    # cpp: is_double, threads; cuda: the types of value and of the rest, device, stream.
+        raise Unavailable(f"{path} has the wrong version; rebuild: {BUILD_COMMAND}")
+    # cpp: is_double, threads; cuda: type of value, type of the others, device, stream.
     options = [ctypes.c_int, ctypes.c_int64]
     if backend == "cuda":
         options = [*[ctypes.c_int] * 3, ctypes.c_void_p]
@@ -52,14 +52,14 @@ def load(backend: str) -> ctypes.CDLL:
 
 
 def _folders() -> list[Path]:
-    """Where a library may lie: beside this file, and in the installed package."""
+    """Where a library may be: next to this file, and in the installed package."""
     installed = importlib.util.find_spec("ms_deform_attn")
-    elsewhere = installed.submodule_search_locations if installed else None
-    return [Path(__file__).parent, *map(Path, elsewhere or [])]
+    locations = installed.submodule_search_locations if installed else None
+    return [Path(__file__).parent, *map(Path, locations or [])]
 
 
 def forward(backend: str, *inputs: Tensor) -> Tensor:
-    """The op's output; inputs as `ops.ms_deform_attn` has them, none of them empty."""
+    """The op's output; inputs as for `ops.ms_deform_attn`, non-empty."""
     value, _, _, locations, _ = prepared = _prepare(backend, *inputs)
     output = value.new_empty(len(value), locations.shape[1], value.shape[2] * value.shape[3])
     _call(backend, "forward", *prepared, output)
@@ -67,12 +67,12 @@ def forward(backend: str, *inputs: Tensor) -> Tensor:
 
 
 def backward(backend: str, grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of value, sampling locations and attention weights, in their types."""
+    """The gradients of value, sampling locations and attention weights, in their dtypes."""
     value, shapes, _, locations, weights = prepared = _prepare(backend, *inputs)
-    # CUDA adds to the gradient of value, in full precision; C++ writes the rows of each level.
+    # CUDA accumulates the gradient of value in full precision; C++ overwrites each level's rows.
     covered = backend == "cpp" and int(shapes.prod(dim=1).sum()) == value.shape[1]
-    new = torch.empty_like if covered else torch.zeros_like
-    grads = new(value, dtype=_accumulator(value)), *map(torch.empty_like, (locations, weights))
+    allocate = torch.empty_like if covered else torch.zeros_like
+    grads = allocate(value, dtype=_accumulator(value)), *map(torch.empty_like, (locations, weights))
     _call(backend, "backward", *prepared, grad_output.to(value.dtype).contiguous(), *grads)
     return tuple(g.to(x.dtype) for g, x in zip(grads, (inputs[0], *inputs[3:]), strict=True))
 
@@ -82,10 +82,10 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def _prepare(backend: str, *inputs: Tensor) -> list[Tensor]:
-    """The inputs, contiguous and of types that the library takes.
+    """The inputs, contiguous and in dtypes that the library supports.
 
-    The C++ kernel knows float and double; the CUDA kernel reads half types too, with locations
-    and weights both in the type of value or both in float32.
+    The C++ kernel supports float and double; the CUDA kernel half types, too, with locations and
+    weights both in the dtype of value or both in float32.
     """
     value, shapes, starts, locations, weights = inputs
     if backend == "cpp":
@@ -96,7 +96,7 @@ def _prepare(backend: str, *inputs: Tensor) -> list[Tensor]:
 
 
 def _call(backend: str, direction: str, *tensors: Tensor) -> None:
-    """Calls the library with the five inputs and what else it reads and writes."""
+    """Call the library with the five inputs and the other buffers."""
     library = load(backend)
     value, _, _, locations, *_ = tensors
     sizes = *value.shape, locations.shape[1], *locations.shape[3:5]  # B, S, M, D, Q, L, P

@@ -1,12 +1,12 @@
 """Builds the compiled backends of multi-scale deformable attention.
 
-    python setup.py build_ext --inplace      beside the sources (`make op` in the project's folder)
+    python setup.py build_ext --inplace      next to the sources (`make op` in the repository)
     pip install .                            as the package `ms_deform_attn`
-    python setup.py build install            the same, the way the released code did it
+    python setup.py build install            the same, as in the released code
 
-The libraries are plain C behind `ctypes`: they need a C++ compiler, and nvcc for CUDA, but nothing
-of torch. The version of torch is only read, to say in time that a CUDA toolkit will not fit it.
-MS_DEFORM_ATTN_CPU_ONLY=1 leaves CUDA out; TORCH_CUDA_ARCH_LIST names the GPUs to compile for.
+The libraries have a plain C interface for `ctypes`: building them takes a C++ compiler, and nvcc
+for CUDA, but not torch. Its version is only read to detect an incompatible CUDA toolkit early.
+MS_DEFORM_ATTN_CPU_ONLY=1 disables CUDA; TORCH_CUDA_ARCH_LIST selects the GPUs to compile for.
 """
 
 import importlib.util
@@ -27,12 +27,12 @@ from setuptools.errors import CompileError
 CXX_FLAGS = ["-std=gnu++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 CXX_FLAGS += ["-fPIC", "-fvisibility=hidden", "-shared"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler", "-fPIC", "-shared"]
-# Turing to Blackwell, for a build on a machine without a GPU; the toolkit takes what it knows.
+# Turing to Blackwell, for builds without a GPU; those unknown to the toolkit are dropped.
 USUAL_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
 class Build(build_ext):
-    """Compiles each library with one command; without CUDA, the CPU's alone."""
+    """Compiles each library with one command; without CUDA, only the CPU library."""
 
     def get_ext_filename(self, name: str) -> str:
         return os.path.join(*name.split(".")) + ".so"
@@ -54,14 +54,14 @@ class Build(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         if subprocess.run([*command, *extension.sources, "-o", str(output)]).returncode:
             raise CompileError(
-                f"{command[0]} did not compile it; its message is above. With nvcc the reason is"
-                " mostly a host compiler newer than the toolkit allows: install an older one and"
-                " name it, as in NVCC_PREPEND_FLAGS='-ccbin g++-12'."
+                f"{command[0]} failed; see its messages above. With nvcc the usual reason is a host"
+                " compiler that is too new for the toolkit: install an older one and select it, for"
+                " example with NVCC_PREPEND_FLAGS='-ccbin g++-12'."
             )
 
 
 def find_nvcc() -> str:
-    """The compiler of a CUDA toolkit that fits torch; CompileError says what would help."""
+    """The nvcc of a CUDA toolkit compatible with torch, or CompileError with a remedy."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders = [f"{home}/bin" for home in homes] + [
         os.environ.get("PATH", os.defpath),
@@ -69,17 +69,17 @@ def find_nvcc() -> str:
     ]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if nvcc is None:
-        raise CompileError("There is no CUDA toolkit here (nvcc); CUDA_HOME can name one.")
+        raise CompileError("No CUDA toolkit (nvcc) found; CUDA_HOME can point to one.")
     toolkit = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))[1]
     torch, cuda = torch_versions()
     if torch and not cuda:
-        raise CompileError(f"torch {torch} is for the CPU; install a build for CUDA to use a GPU.")
+        raise CompileError(f"torch {torch} is CPU-only; install a CUDA build to use a GPU.")
     if cuda and int(toolkit.split(".")[0]) > int(cuda.split(".")[0]):
         raise CompileError(
             f"The toolkit at {nvcc} is CUDA {toolkit}, but torch {torch} is built for CUDA {cuda},"
-            " whose drivers need not run what a newer toolkit compiles. Either install CUDA toolkit"
+            " whose drivers may not run code from a newer toolkit. Either install CUDA toolkit"
             f" {cuda} (conda install -c nvidia cuda-toolkit={cuda}, or NVIDIA's installer) and set"
-            f" CUDA_HOME to it, or install a torch for CUDA {toolkit} (pip install torch"
+            f" CUDA_HOME to it, or install torch for CUDA {toolkit} (pip install torch"
             f" --index-url https://download.pytorch.org/whl/cu{toolkit.replace('.', '')});"
             " then build again."
         )
@@ -87,9 +87,9 @@ def find_nvcc() -> str:
 
 
 def torch_versions() -> tuple[str | None, str | None]:
-    """Versions of torch and of its CUDA, each None where there is none; torch is not imported.
+    """The versions of torch and its CUDA, or None, without importing torch.
 
-    pip builds in an environment of its own, which hides the installed packages: hence the paths.
+    pip's isolated build environment hides installed packages, hence the explicit paths.
     """
     paths = [*map(sysconfig.get_path, ("purelib", "platlib")), site.getusersitepackages()]
     spec = importlib.util.find_spec("torch") or PathFinder.find_spec("torch", paths)
@@ -100,7 +100,7 @@ def torch_versions() -> tuple[str | None, str | None]:
 
 
 def architecture_flags(nvcc: str) -> list[str]:
-    """-gencode for TORCH_CUDA_ARCH_LIST, else for the GPUs present, else for the usual ones."""
+    """-gencode flags for TORCH_CUDA_ARCH_LIST, else the GPUs present, else the usual ones."""
     known = re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch"))
     wanted = re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     if not wanted and shutil.which("nvidia-smi"):
@@ -108,17 +108,17 @@ def architecture_flags(nvcc: str) -> list[str]:
         wanted = sorted(set(re.findall(r"^\d+\.\d+$", query, re.MULTILINE)))
     if not wanted:
         wanted = [name for name in USUAL_ARCHITECTURES if name.replace(".", "") in known]
-        wanted[-1] += "+PTX"  # newer GPUs compile that when they load it
+        wanted[-1] += "+PTX"  # newer GPUs compile that when loading it
     flags = []
     for name in wanted:
         match = re.fullmatch(r"(\d+)\.(\d+)([a-z]?)(\+PTX)?", name)
         if match is None:
-            raise CompileError(f"TORCH_CUDA_ARCH_LIST has {name!r}; write it as in '8.0;9.0+PTX'.")
+            raise CompileError(f"TORCH_CUDA_ARCH_LIST has {name!r}; write it like '8.0;9.0+PTX'.")
         number = match[1] + match[2]
         if number not in known:
             raise CompileError(
-                f"{nvcc} cannot compile for compute capability {name}; it knows"
-                f" {', '.join(known)}. Install a toolkit that does and set CUDA_HOME to it."
+                f"{nvcc} does not support compute capability {name}, only {', '.join(known)}."
+                " Install a toolkit that does and set CUDA_HOME to it."
             )
         number += match[3]
         for kind in ("sm", "compute") if match[4] else ("sm",):

@@ -158,7 +158,7 @@ def test_unsound_boxes_are_dropped_or_clipped_and_counted(make, caplog):
     expected = [[10, 5, 30, 35], [0, 0, 10, 25], [50, 30, 60, 40], [59.5, 39.5, 60, 40]]
     assert np.allclose(pixel_boxes(target), expected, atol=1e-4)
     (record,) = caplog.records
-    for count in ("5 boxes left out as not finite", "2 left out as outside", "2 clipped"):
+    for count in ("ignored 5 empty or non-finite boxes", "2 outside the image", "clipped 2"):
         assert count in record.getMessage()
 
 
@@ -392,7 +392,7 @@ def test_class_map_of_another_data_set(make, caplog):
     own = ClassMap.from_categories([{"id": 3, "name": "Dog"}, {"id": 9, "name": "cow"}])
     assert make(data, class_map=own)[0][1]["labels"].tolist() == [0] and not caplog.records
     make(data, class_map=ClassMap.from_categories([{"id": 3, "name": "cat"}]))
-    assert "category 3 is 'dog' here, but 'cat' to the model" in caplog.text
+    assert "category 3 is 'dog' here, but 'cat' in the model" in caplog.text
     with pytest.raises(UserError, match="'category_id' of annotation 1 is 3"):
         make(data, class_map=ClassMap.from_categories([{"id": 9}]))
     with pytest.raises(UserError, match=r"instances\.json: num_classes is 1"):

@@ -268,7 +268,7 @@ def test_a_process_that_hangs_ends_the_others(data: Path, tmp_path: Path):
         os.kill(children_of(process)[-1], signal.SIGSTOP)
         printed = process.communicate(timeout=300)[0]
     assert process.returncode != 0
-    assert "waits in vain for another, which is gone or hangs" in printed
+    assert "lost contact with another process, which died or hangs" in printed
 
 
 def test_second_run_on_one_directory_is_refused(data: Path, tmp_path: Path):

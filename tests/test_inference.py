@@ -117,7 +117,7 @@ def test_images_from_the_command_line(toy, checkpoint, saved, tmp_path):
     options = ["--batch_size", "2", "--device", "cpu"]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "on 2 images" in done.stdout
+    assert "in 2 images" in done.stdout
     content = json.loads((tmp_path / "new" / "out" / "detections.json").read_text())
     check_against(expected, content, threshold)
     assert content["categories"] == [{"id": i, "name": n} for i, n in CATEGORIES.items()]
@@ -219,7 +219,7 @@ def test_directories_and_equal_names(toy, saved, tmp_path):
         ({"--coco_path": "empty"}, "--images or --coco_path"),
         ({"--coco_path": "empty", "--images": None}, "instances_val2017.json"),
         ({"--output_dir": "broken.jpg"}, "broken.jpg"),
-        ({"--output_dir": "pictures"}, "holds the images themselves"),
+        ({"--output_dir": "pictures"}, "contains the input images"),
         ({"--threshold": "30"}, "threshold"),
         ({"--batch_size": "0"}, "batch_size"),
         ({"--num_images": "x"}, "num_images"),
@@ -345,7 +345,7 @@ def test_a_resumed_runs_log(tmp_path):
         (b'{"epoch": 0, "test_coco_eval_bbox": 0.3}\n', "line 1"),
         (b'{"epoch": 0, "train_loss": "high"}\n', "no losses"),
         (b'{"epoch": 0, "train_loss": NaN}\n', "no losses"),
-        (b"\x89PNG\r\n\xff\xfe", "no text"),
+        (b"\x89PNG\r\n\xff\xfe", "not a text file"),
     ],
 )
 def test_broken_logs(content, message, tmp_path, capsys):

@@ -321,7 +321,7 @@ def fails_with(capsys, args: list[str], *parts: str) -> None:
 def test_more_queries_than_tokens(toy: Path, tmp_path: Path, capsys):
     args = ["-c", "configs/toy/dino.py", "--coco_path", str(toy), "--output_dir", str(tmp_path)]
     sizes = ["--data_aug_scales", "48", "--data_aug_max_size", "64", "--num_queries", "900"]
-    fails_with(capsys, [*args, *sizes], "num_queries: 900 queries cannot be selected among the")
+    fails_with(capsys, [*args, *sizes], "num_queries: 900 queries cannot be selected from the")
 
 
 def test_missing_data(small: list[str], tmp_path: Path, capsys):
@@ -341,8 +341,8 @@ def test_bad_annotations(small: list[str], edit: Callable, capsys):
     root = edit(spoil)
     assert main([*small, "--coco_path", str(root), "--debug"]) == 0
     printed = capsys.readouterr().out
-    assert "3 boxes left out as not finite or without area" in printed
-    assert "1 clipped to it" in printed
+    assert "ignored 3 empty or non-finite boxes" in printed
+    assert "clipped 1 to the image" in printed
 
 
 def test_unknown_ids(small: list[str], edit: Callable, capsys):

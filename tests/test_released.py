@@ -194,7 +194,7 @@ def test_options_with_nothing_to_choose_change_nothing(line: str):
         ("data_aug_scales = None", "data_aug_scales"),
         ("data_aug_scales = [480, None]", "data_aug_scales: None is not a whole number"),
         ("use_dn = None", "use_dn: None is not true or false"),
-        ("backbone = 50", "backbone: 50 is not a text"),
+        ("backbone = 50", "backbone: 50 is not a string"),
     ],
 )
 def test_odd_values_in_a_file(text: str, expected: dict | str, tmp_path: Path):

@@ -55,7 +55,7 @@ def test_overwrite_begins_anew(plain: list[str], tmp_path: Path, capsys, monkeyp
     fails_with(capsys, [*plain, "--overwrite", "--coco_path", str(tmp_path)], "annotations")
     own = str(out / "checkpoint.pth")
     fails_with(capsys, [*plain, "--overwrite", "--resume", own], f"overwrite: would remove {own}")
-    fails_with(capsys, [*plain, "--overwrite", "--resume", "auto"], "give one of them")
+    fails_with(capsys, [*plain, "--overwrite", "--resume", "auto"], "mutually exclusive")
     assert {path: path.read_bytes() for path in out.glob("checkpoint*.pth")} == before
     # Neither does Slurm's or torchrun's starting the same command again.
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

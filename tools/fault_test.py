@@ -1,10 +1,10 @@
-"""Kills a training run at random moments and goes on, again and again, and compares the end:
+"""Repeatedly kills a training run at random moments, resumes it, and checks the result:
 
     python tools/fault_test.py --kills 20 --processes 1 2
 
-trains a small model on a toy data set once in peace, and once with `kill -9` and `--resume auto`.
-Weights, average, optimiser and random state have to be the same bit for bit, and log.txt has to
-have every epoch once with the same losses. So many kills take about ten minutes on two CPU cores.
+trains a small model on a toy data set once without interruption and once with `kill -9` and
+`--resume auto`. Weights, EMA, optimiser and RNG states must be bit-identical, and log.txt must have
+every epoch once with the same losses. This takes about ten minutes on two CPU cores.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MODEL = [
 
 
 def start(processes: int, data: Path, out: Path, epochs: int) -> subprocess.Popen:
-    """A process group that trains, or goes on."""
+    """Start or resume a training in a new process group."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -46,13 +46,13 @@ def start(processes: int, data: Path, out: Path, epochs: int) -> subprocess.Pope
 
 
 def finish(process: subprocess.Popen) -> None:
-    printed, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=600)
     if process.returncode:
-        sys.exit(f"a run that was left in peace failed:\n{printed}")
+        sys.exit(f"an uninterrupted run failed:\n{output}")
 
 
 def differences(a: object, b: object, name: str = "") -> list[str]:
-    """Names of what is not the same in two checkpoints."""
+    """Names of the entries that differ between two checkpoints."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return [d for key in a for d in differences(a[key], b[key], f"{name}.{key}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
@@ -62,62 +62,62 @@ def differences(a: object, b: object, name: str = "") -> list[str]:
 
 
 def read_log(out: Path) -> list[dict]:
-    """The lines of log.txt, without what depends on the clock and the machine."""
+    """The lines of log.txt, without timings and memory."""
     lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
-    other = ("epoch_time", "images_per_second", "peak_memory_mb")
-    return [{k: v for k, v in line.items() if not k.endswith(other)} for line in lines]
+    varying = ("epoch_time", "images_per_second", "peak_memory_mb")
+    return [{k: v for k, v in line.items() if not k.endswith(varying)} for line in lines]
 
 
-def compare(whole: Path, killed: Path) -> list[str]:
-    (_, expected), (_, found) = latest_checkpoint(whole), latest_checkpoint(killed)
-    for state in (expected, found):
+def compare(uninterrupted: Path, killed: Path) -> list[str]:
+    (_, expected), (_, actual) = latest_checkpoint(uninterrupted), latest_checkpoint(killed)
+    for state in (expected, actual):
         state["config"].pop("output_dir")
-        for name in ("seconds", "averages", "trained"):  # hold times
+        for name in ("seconds", "averages", "trained"):  # contain timings
             state.pop(name)
-    problems = differences(expected, found)
-    logs = read_log(whole), read_log(killed)
+    problems = differences(expected, actual)
+    logs = read_log(uninterrupted), read_log(killed)
     if [line["epoch"] for line in logs[1]] != [line["epoch"] for line in logs[0]]:
         problems.append("log.txt: epochs " + ", ".join(str(line["epoch"]) for line in logs[1]))
     return problems + differences(*logs, name="log.txt")
 
 
 def test(kills: int, processes: int, directory: Path, generator: random.Random) -> list[str]:
-    """What differs after so many kills; [] if nothing does."""
+    """The differences after `kills` kills."""
     data = make_toy_coco(directory / f"toy{processes}", num_train=24, num_val=4, size=64)
-    epochs, whole, killed = 3 * kills, directory / "whole", directory / "killed"
+    epochs, uninterrupted, killed = 3 * kills, directory / "uninterrupted", directory / "killed"
     finish(start(processes, data, directory / "short", 1))
-    begun = time.monotonic()
-    finish(start(processes, data, directory / "short", 1))  # with caches warm and nothing to train
-    startup = time.monotonic() - begun
-    finish(start(processes, data, whole, epochs))
-    training = max(time.monotonic() - begun - 2 * startup, 1.0)
-    hit = 0
-    while hit < kills:
+    begin = time.monotonic()
+    finish(start(processes, data, directory / "short", 1))  # with warm caches, nothing to train
+    startup = time.monotonic() - begin
+    finish(start(processes, data, uninterrupted, epochs))
+    training = max(time.monotonic() - begin - 2 * startup, 1.0)
+    done = 0
+    while done < kills:
         with start(processes, data, killed, epochs) as process:
             time.sleep(startup * generator.uniform(0.5, 1) + generator.uniform(0, training / kills))
             if process.poll() is not None:
                 break
             os.killpg(process.pid, signal.SIGKILL)
-            hit += 1
-    where = "at the start"
-    if found := latest_checkpoint(killed):
-        where = f"in epoch {found[1]['epoch'] + 1}, step {found[1]['step']}"
-    print(f"{processes} processes: {hit} of {kills} kills before the end, the last {where}")
+            done += 1
+    position = "at the start"
+    if latest := latest_checkpoint(killed):
+        position = f"in epoch {latest[1]['epoch'] + 1}, step {latest[1]['step']}"
+    print(f"{processes} processes: {done} of {kills} kills before the end, the last {position}")
     finish(start(processes, data, killed, epochs))
-    return compare(whole, killed)
+    return compare(uninterrupted, killed)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("fault_test.py", description="Kill a run and compare its end.")
-    parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often (20)")
+    parser = argparse.ArgumentParser("fault_test.py", description="Kill and resume a run.")
+    parser.add_argument("--kills", type=int, default=20, metavar="N", help="number of kills (20)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     args = parser.parse_args()
     status = 0
     for processes in args.processes:
         with tempfile.TemporaryDirectory() as directory:
             problems = test(args.kills, processes, Path(directory), random.Random(args.seed))
-        print(f"{processes} processes: " + ("the same end" if not problems else "DIFFERENT"))
+        print(f"{processes} processes: " + ("identical" if not problems else "DIFFERENT"))
         print("".join(f"  {problem}\n" for problem in problems[:20]), end="")
         status |= bool(problems)
     return status

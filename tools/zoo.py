@@ -1,8 +1,8 @@
-"""Trains every toy model, one after another, and prints what they reach as a Markdown table:
+"""Trains all toy models, one after another, and prints the results as a Markdown table:
 
     python tools/zoo.py --coco_path outputs/toy_coco --output_dir outputs/zoo
 
-`make zoo` draws the data set first. A run that was stopped goes on.
+`make zoo` generates the data set first. Interrupted runs are resumed.
 """
 
 import argparse
@@ -17,13 +17,13 @@ HEAD = "| model | config | M parameters | AP | AP50 | minutes | images/s |\n" + 
 
 
 def minutes(epoch_time: str) -> float:
-    """Of log.txt's h:mm:ss."""
-    hours, whole, seconds = map(int, epoch_time.split(":"))
-    return 60 * hours + whole + seconds / 60
+    """From log.txt's h:mm:ss."""
+    h, m, s = map(int, epoch_time.split(":"))
+    return 60 * h + m + s / 60
 
 
 def row(name: str, lines: list[dict]) -> str:
-    """A line of the table, from the lines of a run's log.txt."""
+    """A row of the table, from the lines of a run's log.txt."""
     last = lines[-1]
     ap, ap50, *_ = last["test_coco_eval_bbox"]
     total = sum(minutes(line["epoch_time"]) for line in lines)
@@ -35,9 +35,9 @@ def row(name: str, lines: list[dict]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("zoo.py", description="Train every toy model, print a table.")
-    parser.add_argument("--coco_path", required=True, metavar="DIR", help="the toy data set")
-    parser.add_argument("--output_dir", required=True, metavar="DIR", help="a run each goes here")
+    parser = argparse.ArgumentParser("zoo.py", description="Train all toy models, print a table.")
+    parser.add_argument("--coco_path", required=True, metavar="DIR", help="toy data set")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="directory for the runs")
     args = parser.parse_args()
     table = HEAD
     for name in sorted(p.stem for p in (ROOT / "configs/toy").glob("*.py") if p.stem != "base"):
@@ -46,7 +46,7 @@ def main() -> int:
         paths = ["--coco_path", str(Path(args.coco_path).resolve()), "--output_dir", str(out)]
         command = [sys.executable, str(ROOT / "main.py"), *config, *paths]
         if status := subprocess.run(command).returncode:
-            return status  # it has said why
+            return status
         table += row(name, [json.loads(line) for line in (out / "log.txt").open()])
     (Path(args.output_dir) / "table.md").write_text(table)
     print(table, end="")

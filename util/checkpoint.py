@@ -1,4 +1,4 @@
-"""Checkpoint files: saved all or nothing, found again after a crash."""
+"""Checkpoint files: written atomically, found again after a crash."""
 
 import contextlib
 import glob
@@ -21,7 +21,7 @@ from util.download import local_file
 
 logger = logging.getLogger(__name__)
 
-# What a run can be taken up from: not checkpoint_best*, not *_nonfinite.
+# What a run can be resumed from: not checkpoint_best*, not *_nonfinite.
 CANDIDATE = re.compile(r"checkpoint(\d{4,}|_previous_\d+)?\.pth")
 
 
@@ -30,26 +30,26 @@ def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict:
     return weights.read_checkpoint(local_file(path), verify)
 
 
-def copy_checkpoint(path: Path, other: Path) -> None:
-    """Has the file under another name as well: by a hard link, which takes no time and no room, or
-    where the file system has none by a copy."""
-    temporary = other.with_name(f".{other.name}.tmp")
+def copy_checkpoint(path: Path, target: Path) -> None:
+    """Make the file available under a second name: by a hard link, which costs nothing, or by a
+    copy if the file system has no hard links. UserError if neither works."""
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)
         try:
             os.link(path, temporary)
         except OSError:
-            shutil.copy2(path, temporary)  # with its time, by which the newest is told
-        os.replace(temporary, other)
+            shutil.copy2(path, temporary)  # with the modification time, which identifies the newest
+        os.replace(temporary, target)
     except OSError as error:
-        raise _not_saved(other, error) from error
+        raise _not_saved(target, error) from error
 
 
 def _not_saved(path: Path, error: Exception) -> Exception:
-    """The UserError that says so, or the error itself if it is none of the file system's."""
+    """A UserError if the file system caused `error`, else `error` itself."""
     cause = error
     while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__  # torch.save wraps a failed write into an error of its zip writer
+        cause = cause.__context__  # torch.save wraps a failed write in a RuntimeError
     if cause is None:
         return error
     remedy = "check that the directory exists, is writable and has space left"
@@ -57,7 +57,7 @@ def _not_saved(path: Path, error: Exception) -> Exception:
 
 
 def _keep_previous(path: Path, number: int) -> None:
-    """Makes room for a new `path`: what it and its `number` predecessors are moves on by one."""
+    """Make way for a new `path`: shift it and its `number` predecessors by one."""
     names = [path.with_name(f"{path.stem}_previous_{i}{path.suffix}") for i in range(1, number + 1)]
     for older, newer in pairwise(reversed(names)):
         if newer.exists():
@@ -67,26 +67,26 @@ def _keep_previous(path: Path, number: int) -> None:
 
 
 def save_checkpoint(path: str | os.PathLike, state: dict, keep: int = 1) -> None:
-    """Writes `state` to `path` so that a crash at any moment leaves the old file or the new one.
+    """Write `state` to `path` so that a crash at any moment leaves either the old or the new file.
 
-    keep: so many of the newest are kept, those before as `checkpoint_previous_1.pth` and so on.
-    UserError where the file system refuses (disk full, directory gone, no permission); TypeError
-    where `state` holds what `read_checkpoint` would refuse (a numpy scalar, a Path, ...), which is
-    better learnt at the first save than at the resume. The file before it stays whole in both.
+    keep: the number of files kept; older ones become `checkpoint_previous_1.pth` and so on.
+    UserError for file-system errors (disk full, directory gone, no permission); TypeError if
+    `state` contains types that `read_checkpoint` refuses (a numpy scalar, a Path, ...), so that
+    this fails at the first save, not at the resume. Either error leaves the old file intact.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a killed process
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of killed processes
             stale.unlink(missing_ok=True)
         with open(temporary, "xb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())  # the data must be on disk before the name points to it
+            os.fsync(file.fileno())  # data must be on disk before the rename
         try:
             read_checkpoint(temporary, verify=False)
         except UserError as error:
-            raise TypeError(f"{path}: not saved, it could not be read back: {error}") from error
+            raise TypeError(f"{path}: not saved, as it could not be read back: {error}") from error
         _keep_previous(path, keep - 1)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
@@ -94,7 +94,7 @@ def save_checkpoint(path: str | os.PathLike, state: dict, keep: int = 1) -> None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    with contextlib.suppress(OSError):  # some network file systems cannot; the file is whole anyway
+    with contextlib.suppress(OSError):  # unsupported on some network file systems
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -103,33 +103,31 @@ def save_checkpoint(path: str | os.PathLike, state: dict, keep: int = 1) -> None
 
 
 def latest_checkpoint(output_dir: str | os.PathLike) -> tuple[Path, dict] | None:
-    """The newest good checkpoint of a run and what it holds, or None: what to resume from.
+    """Path and contents of the checkpoint to resume a run from, or None.
 
-    Candidates are `checkpoint.pth`, those before it, and `checkpointNNNN.pth`, newest modification
-    first, ties by name from the end. One that cannot be read is passed over with a warning, and so
-    is one whose weights were not finite ("nonfinite": True).
+    Candidates are `checkpoint.pth`, its predecessors and `checkpointNNNN.pth`, sorted by
+    modification time, then name, latest first. Those that cannot be read and those with non-finite
+    weights ("nonfinite": True) are skipped with a warning.
     """
     candidates = []
     for path in Path(output_dir).glob("checkpoint*.pth"):
         if CANDIDATE.fullmatch(path.name):
-            with contextlib.suppress(OSError):  # removed meanwhile, or a link to nowhere
+            with contextlib.suppress(OSError):  # just removed, or a dangling link
                 candidates.append((path.stat().st_mtime_ns, path.name, path))
     for *_, path in sorted(candidates, reverse=True):
         try:
             state = read_checkpoint(path)
             if state.get("nonfinite"):
-                raise UserError(f"{path}: its weights are not finite")
+                raise UserError(f"{path}: contains non-finite weights")
             return path, state
         except UserError as error:
-            logger.warning("passed over, the checkpoint before it is tried: %s", error)
+            logger.warning("skipping a checkpoint, trying the previous one: %s", error)
     return None
 
 
 def rng_state() -> dict:
-    """This process's random states, in types that `read_checkpoint` accepts.
-
-    Every process of a distributed run has its own: one process's must not be given to all.
-    """
+    """This process's RNG states, in types that `read_checkpoint` accepts. They differ between
+    processes, so each must be restored in its own process."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -140,7 +138,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Continues the random streams where `rng_state` took them, on the devices that are here."""
+    """Restore the states from `rng_state`, on the GPUs as far as they exist."""
     kind, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

@@ -1,4 +1,4 @@
-"""Files that are named by a URL."""
+"""Downloads of files given by URL."""
 
 import contextlib
 import fcntl
@@ -19,30 +19,30 @@ from models.errors import UserError
 logger = logging.getLogger(__name__)
 
 CHUNK = 2**20
-TIMEOUT = 60  # seconds without a byte
+TIMEOUT = 60  # seconds without data
 
 
 def local_file(path: str | os.PathLike) -> Path:
-    """The path, or for a URL the downloaded file."""
+    """The path itself, or the downloaded file if it is a URL."""
     is_url = re.match(r"https?://", os.fspath(path))
     return download(os.fspath(path)) if is_url else Path(path)
 
 
 def download(url: str) -> Path:
-    """The file at `url`, which is downloaded once, into the cache of torch.hub.
+    """The file at `url`, downloaded once into torch.hub's cache.
 
-    The cache holds whole files alone; of several processes that want one, the first downloads it.
-    UserError where there is no such file, the connection breaks or the disk is full.
+    Files appear in the cache only when complete; if several processes need one, the first downloads
+    it. UserError if the file does not exist, the connection breaks or the disk is full.
     """
     name = os.path.basename(urlsplit(url).path) or "checkpoint.pth"
-    key = hashlib.sha256(url.encode()).hexdigest()[:8]  # many are called checkpoint.pth
+    key = hashlib.sha256(url.encode()).hexdigest()[:8]  # many files are called checkpoint.pth
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}-{name}"
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-            with contextlib.suppress(OSError):  # some network file systems know no locks
+            with contextlib.suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
                 logger.info("downloading %s to %s", url, path)
@@ -51,9 +51,7 @@ def download(url: str) -> Path:
                 os.replace(part, path)
     except (OSError, HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{url}: not downloaded ({reason}); check the address and try again") from (
-            error
-        )
+        raise UserError(f"{url}: not downloaded ({reason}); check the URL and try again") from error
     return path
 
 

@@ -8,10 +8,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class ModelEma:
-    """Holds ema = decay * ema + (1 - decay) * model of all floating parameters and buffers.
+    """Keeps ema = decay * ema + (1 - decay) * model for all floating-point parameters and buffers.
 
-    `module` is the averaged model, in eval mode and without gradients; create it when the model is
-    on its device. Integer buffers are copied. A shared parameter is averaged once.
+    `module` is the averaged model, in eval mode and without gradients, on the model's device.
+    Integer buffers are copied. Shared parameters are averaged once.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9997):
@@ -20,20 +20,19 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Call once after each step of the optimiser."""
+        """To be called after every optimiser step."""
         floating, other = ([], []), ([], [])
-        pairs = zip(_tensors(self.module), _tensors(_unwrap(model)), strict=True)
-        for average, current in pairs:
+        for average, current in zip(_tensors(self.module), _tensors(_unwrap(model)), strict=True):
             averages, currents = floating if average.is_floating_point() else other
             averages.append(average)
             currents.append(current)
         if floating[0]:
-            torch._foreach_lerp_(*floating, 1 - self.decay)  # one launch, not one a tensor
+            torch._foreach_lerp_(*floating, 1 - self.decay)  # one launch for all tensors
         if other[0]:
             torch._foreach_copy_(*other)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Under the model's own names."""
+        """The averaged tensors, under the model's names."""
         return self.module.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""How stable the matching is, and how far anchors are from their targets (DN-DETR, section 3)."""
+"""Instability of the matching and distances from anchors to targets (DN-DETR, section 3)."""
 
 from collections.abc import Sequence
 
@@ -10,22 +10,21 @@ from models.matcher import HungarianMatcher
 
 
 class MatchingLog:
-    """Collects, over a data set and for each decoder layer, how far anchors are from the targets
-    that they are matched to, and how stable the matching is from one epoch to the next (DN-DETR,
-    section 3).
+    """Measures, for each decoder layer and over a data set, the distance from anchors to their
+    matched targets and the change of the matching since the previous epoch.
 
-    `previous` are the `matches` of the epoch before: {image id: (L, Q) int16}, the index of the
-    target that a query is matched to, or -1.
+    `previous`: the previous epoch's `matches`, {image id: (L, Q) int16}, the index of the target
+    that each query is matched to, or -1.
     """
 
     def __init__(self, matcher: HungarianMatcher, previous: dict[int, Tensor] | None = None):
         self.matcher, self.previous = matcher, previous or {}
         self.matches: dict[int, Tensor] = {}
-        self.distance, self.num_matched = 0.0, 0  # sum (L,) and number of L1 distances
+        self.distance, self.num_matched = 0.0, 0  # sum (L,) and count of L1 distances
 
     @torch.no_grad()
     def update(self, outputs: dict, targets: Sequence[dict]) -> None:
-        """What the detector returned and its targets, which here need their "image_id"."""
+        """Add the detector's `outputs` for a batch; `targets` must have an "image_id"."""
         layers = [*outputs["aux_outputs"], outputs]
         logits, boxes = (torch.stack([x[k] for x in layers]) for k in ("pred_logits", "pred_boxes"))
         matched = self.matcher(logits, boxes, targets).split([len(t["boxes"]) for t in targets], 1)
@@ -35,31 +34,32 @@ class MatchingLog:
             distance = (anchors - target["boxes"]).abs().sum(-1) * (query >= 0)  # (L, n)
             self.distance += distance.double().sum(1).cpu()
             self.num_matched += int((query[0] >= 0).sum())
-            objects = torch.full((len(layers), logits.shape[2] + 1), -1, dtype=torch.int16)
-            numbers = torch.arange(query.shape[1], dtype=torch.int16).expand(query.shape)
-            objects.scatter_(1, query.cpu() % objects.shape[1], numbers)  # -1: the spare column
-            self.matches[int(target["image_id"])] = objects[:, :-1]
+            target_of = torch.full((len(layers), logits.shape[2] + 1), -1, dtype=torch.int16)
+            indices = torch.arange(query.shape[1], dtype=torch.int16).expand(query.shape)
+            # Unmatched targets have query -1, which is the additional last column.
+            target_of.scatter_(1, query.cpu() % target_of.shape[1], indices)
+            self.matches[int(target["image_id"])] = target_of[:, :-1]
 
     @property
     def found(self) -> tuple[dict[int, Tensor], Tensor | float, int]:
-        """What `join` takes from a process: matches, sum and number of distances."""
+        """This process's input to `join`: matches, sum and count of distances."""
         return self.matches, self.distance, self.num_matched
 
     def join(self, parts: Sequence[tuple]) -> None:
-        """Take over what the logs of several processes have `found`."""
-        matches, distances, numbers = zip(*parts, strict=True)
+        """Combine the `found` of several processes."""
+        matches, distances, counts = zip(*parts, strict=True)
         self.matches = {k: v for part in matches for k, v in part.items()}
-        self.distance, self.num_matched = sum(distances), sum(numbers)
+        self.distance, self.num_matched = sum(distances), sum(counts)
 
     def summary(self) -> dict[str, float]:
-        """Means by decoder layer, named as the losses are: `anchor_distance`, L1 in fractions of
-        the image, over objects; `matching_instability`, the queries whose target is another one
-        than in the epoch before, over images, where there was one."""
+        """Means for each decoder layer, named like the losses: `anchor_distance`, L1 per object in
+        fractions of the image; `matching_instability`, the number of queries per image whose target
+        has changed since the previous epoch, if there was one."""
         means = {}
         if self.num_matched:
             means["anchor_distance"] = self.distance / self.num_matched
-        both = [id_ for id_ in self.matches if id_ in self.previous]
-        if both:
-            changed = [self.matches[id_] != self.previous[id_] for id_ in both]
+        common = self.matches.keys() & self.previous.keys()
+        if common:
+            changed = [self.matches[id_] != self.previous[id_] for id_ in common]
             means["matching_instability"] = torch.stack(changed).sum(2).double().mean(0)
         return {name: value.item() for name, value in by_layer(means).items()}

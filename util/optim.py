@@ -11,18 +11,18 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR, StepL
 
 from .config import Config
 
-# Muon is for matrices between hidden layers: not for heads, embeddings, the stem (whose matrix has
-# the image's channels) and what says where to look.
+# Muon is for weight matrices between hidden layers: not for heads, embeddings, the stem (identified
+# by the image's channels), sampling offsets and attention weights.
 NOT_HIDDEN = re.compile("embed|label_enc|patterns|bias_table|sampling_offsets|attention_weights")
 IMAGE_CHANNELS = 3
-MUON_RATE = 3  # times that of AdamW; measured on the toy data set, where 5 is as good
+MUON_RATE = 3  # relative to AdamW's learning rate; on the toy data set 5 is as good
 MUON_MOMENTUM = 0.95
-# Of three Newton-Schulz iterations (Cesista 2025); five, as usual, learn no faster on that set.
+# Three Newton-Schulz iterations (Cesista 2025); the usual five learn no faster on the toy data.
 COEFFICIENTS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037))
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Matrices (n, rows, columns) with their singular values brought near 1, all but tiny ones."""
+    """Matrices (n, rows, columns) with all but tiny singular values moved close to 1."""
     if x.shape[1] > x.shape[2]:
         return orthogonal(x.mT).mT
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
@@ -33,16 +33,16 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but that in groups with "hidden" matrices take orthogonal steps (Jordan et al. 2024).
+    """AdamW, with orthogonalised updates in groups with "hidden" set (Jordan et al. 2024).
 
-    A step is the momentum with its singular values brought near 1, as long as AdamW's would be (Liu
-    et al. 2025) at MUON_RATE times the group's rate. Kernels of convolutions count as matrices
-    (out, in * height * width); all those of one shape are done at once.
+    An update is the momentum with singular values close to 1, scaled to the RMS of AdamW's (Liu et
+    al. 2025) at MUON_RATE times the group's learning rate. Convolution kernels are matrices
+    (out, in * height * width); matrices of the same shape are updated together.
     """
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups, fused=True)
-        self._step_supports_amp_scaling = False  # unscaling would reach AdamW's part alone
+        self._step_supports_amp_scaling = False  # it would unscale only AdamW's part
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
@@ -63,25 +63,24 @@ class Muon(torch.optim.AdamW):
 
     def step_together(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         for p in params:
-            if not self.state[p]:  # AdamW, when it loads a state, looks for a step in it
+            if not self.state[p]:  # AdamW's load_state_dict expects a step
                 self.state[p].update(momentum=torch.zeros_like(p), step=torch.zeros(()))
         momenta = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(momenta, [p.grad for p in params], 1 - MUON_MOMENTUM)
-        steps = orthogonal(torch.stack([m.flatten(1) for m in momenta]))
-        length = 0.2 * max(steps.shape[1:]) ** 0.5
-        steps = [step.view_as(p) for step, p in zip(steps, params, strict=True)]
+        updates = orthogonal(torch.stack([m.flatten(1) for m in momenta]))
+        scale = 0.2 * max(updates.shape[1:]) ** 0.5
+        updates = [update.view_as(p) for update, p in zip(updates, params, strict=True)]
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, steps, alpha=-lr * length)
+        torch._foreach_add_(params, updates, alpha=-lr * scale)
 
 
 def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
-    """Trainable parameters in groups of one learning rate and weight decay each. A rate of 0
-    freezes the backbone.
+    """Trainable parameters grouped by learning rate, weight decay and use of Muon ("hidden"). With
+    `lr_backbone` 0 the backbone is frozen.
 
-    `param_dict_type`: "default" gives the backbone its own rate; "ddetr_in_mmdet" besides slows
-    reference points and sampling offsets down; "large_wd" instead spares what has "norm" or "bias"
-    in its name the weight decay, as released, which is not every norm. What Muon is for has groups
-    of its own, "hidden".
+    `param_dict_type`: "default" sets a separate learning rate for the backbone; "ddetr_in_mmdet"
+    also a lower one for reference points and sampling offsets; "large_wd", as released, disables
+    weight decay for names with "norm" or "bias", which miss some norms.
     """
 
     def settings(name: str, parameter: nn.Parameter) -> tuple[float, float, bool]:
@@ -94,9 +93,9 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
             lr = cfg.lr * cfg.lr_linear_proj_mult
         if cfg.param_dict_type == "large_wd" and ("norm" in name or "bias" in name):
             decay = 0.0
-        # Neither a vector nor a depthwise convolution nor the stem.
-        matrix = parameter.ndim > 1 and not {1, IMAGE_CHANNELS} & set(parameter.shape[:2])
-        return lr, decay, cfg.optimizer == "muon" and matrix and not NOT_HIDDEN.search(name)
+        # Excludes vectors, depthwise convolutions and the stem.
+        is_matrix = parameter.ndim > 1 and not {1, IMAGE_CHANNELS} & set(parameter.shape[:2])
+        return lr, decay, cfg.optimizer == "muon" and is_matrix and not NOT_HIDDEN.search(name)
 
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -120,7 +119,7 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, cfg: Config, steps_per_epoch: int
 ) -> tuple[LRScheduler, bool]:
-    """The schedule, and whether it moves on after every step rather than every epoch."""
+    """The schedule, and whether it advances every step, not every epoch."""
     if cfg.onecyclelr:
         total = cfg.epochs * steps_per_epoch
         return OneCycleLR(optimizer, cfg.lr, total_steps=total, pct_start=0.2), True
@@ -130,19 +129,19 @@ def build_scheduler(
 
 
 def move_to(scheduler: LRScheduler, position: int) -> None:
-    """Set the learning rates that a schedule has after `position` of its steps."""
+    """Set the learning rates that `scheduler` has after `position` steps."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # this argument is deprecated, without a replacement
+        warnings.simplefilter("ignore")  # deprecated, but there is no replacement
         scheduler.step(min(position, getattr(scheduler, "total_steps", position)))
 
 
 def load_released_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: dict
 ) -> bool:
-    """Take AdamW's state from a checkpoint of the released code; False where it does not fit.
+    """Load AdamW's state from a checkpoint of the released code; False if it does not fit.
 
-    That code has two groups, without and with "backbone" in the name, each in the order of its own
-    model, which is the order of the weights in the file.
+    That code has two parameter groups, without and with "backbone" in the name, each in the order
+    of the weights in the file.
     """
     ours, seen = dict(model.named_parameters(remove_duplicate=False)), set()
     groups: tuple[list, list] = [], []
@@ -152,14 +151,14 @@ def load_released_state(
             seen.add(parameter)
             groups["backbone" in name].append(parameter)
     state = checkpoint.get("optimizer", {})
-    numbers = [group["params"] for group in state.get("param_groups", ())]
-    if [len(n) for n in numbers] != [len(g) for g in groups] or isinstance(optimizer, Muon):
+    indices = [group["params"] for group in state.get("param_groups", ())]
+    if [len(i) for i in indices] != [len(g) for g in groups] or isinstance(optimizer, Muon):
         return False
-    pairs = zip(chain(*numbers), chain(*groups), strict=True)
-    found = {p: state["state"][n] for n, p in pairs if n in state["state"]}
-    if any("exp_avg" not in s or s["exp_avg"].shape != p.shape for p, s in found.items()):
+    pairs = zip(chain(*indices), chain(*groups), strict=True)
+    states = {p: state["state"][i] for i, p in pairs if i in state["state"]}
+    if any("exp_avg" not in s or s["exp_avg"].shape != p.shape for p, s in states.items()):
         return False
-    for p, s in found.items():
+    for p, s in states.items():
         moments = {key: s[key].to(p) for key in ("exp_avg", "exp_avg_sq")}
         step = torch.tensor(float(s["step"]), device=p.device)
         optimizer.state[p] = {"step": step, **moments}

@@ -1,4 +1,4 @@
-"""Pictures to judge a detector by: boxes drawn on images, and the curves of training runs.
+"""Boxes drawn on images, and curves of training runs.
 
 `python -m util.visualize outputs/a outputs/b --output curves.png` compares two runs.
 """
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from models.errors import UserError
 
-SMALLEST = 640  # a smaller image is enlarged until its longer side has so many pixels
-MARGIN = 8  # pixels round the pictures of `side_by_side`
+SMALLEST = 640  # smaller images are enlarged to this longer side, in pixels
+MARGIN = 8  # pixels around the pictures of `side_by_side`
 
-# What is plotted: the end of a log's key, and what it is called.
+# The panels of a plot: suffix of the log's keys, title.
 PANELS = {
     "loss": "loss, sum of all terms",
     "AP": "AP",
@@ -32,7 +32,7 @@ PANELS = {
     "loss_bbox": "L1 loss, loss_bbox",
     "loss_giou": "GIoU loss, loss_giou",
 }
-# The curves of each: how the key begins and ends, name, line style.
+# The curves of a panel: prefix and suffix of the log's key, name, line style.
 CURVES = (
     ("test_", "", "test", "-"),
     ("ema_test_", "", "test, averaged weights", "-."),
@@ -42,13 +42,13 @@ CURVES = (
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
-    """A label's RGB, the same in every picture; neighbours differ most."""
+    """The RGB colour of a label, the same in every picture; adjacent labels contrast."""
     hue, saturation = label * 0.618034 % 1, (0.85, 0.5)[label // 8 % 2]
     return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, saturation, 1.0))
 
 
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Matplotlib's font, as PIL's own lacks most letters beyond the Latin ones."""
+    """Matplotlib's font, as PIL's covers little more than Latin."""
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
@@ -60,10 +60,10 @@ def draw_boxes(
     names: Mapping[int, str] | None = None,
     crowd: Sequence[bool] | None = None,
 ) -> Image.Image:
-    """The image with boxes and captions: name and score. A small image is enlarged for them.
+    """The image, enlarged if small, with boxes and captions of name and score.
 
-    image (3, H, W) uint8 RGB; boxes (n, 4) xyxy in its pixels, the most important first; names
-    {label: name}, a label without one is shown itself; crowd marks boxes of many objects.
+    image (3, H, W) uint8 RGB; boxes (n, 4) xyxy in pixels, the most important first; names {label:
+    name}, by default the label itself; crowd: whether a box is a crowd.
     """
     picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     scale = max(1.0, SMALLEST / max(picture.size))
@@ -73,9 +73,9 @@ def draw_boxes(
     line, font = max(2, longer // 400), load_font(min(max(14, longer // 60), 28))
 
     edges = (scale * boxes.detach().cpu().double().numpy().reshape(-1, 4)).round().astype(int)
-    edges = (edges - [0, 0, 1, 1]).clip(0, [width - 1, height - 1] * 2)  # the last pixels inside
+    edges = (edges - [0, 0, 1, 1]).clip(0, [width - 1, height - 1] * 2)  # inclusive
     edges[:, 2:] = np.maximum(edges[:, :2], edges[:, 2:])
-    drawn, taken = [], np.zeros((0, 4), dtype=int)
+    drawn, captions = [], np.zeros((0, 4), dtype=int)
     for i, (x0, y0, x1, y1) in enumerate(edges.tolist()):
         label = int(labels[i])
         text = (names or {}).get(label, str(label))
@@ -84,17 +84,17 @@ def draw_boxes(
         while font.getlength(text) + 6 > width and len(text) > 2:
             text = text[:-2] + "…"
         w, h = round(font.getlength(text)) + 6, sum(font.getmetrics())
-        # Along the box's upper or lower edge: the first place where captions overlap least.
+        # Along the upper or lower edge of the box, where it overlaps other captions least.
         xs = np.linspace(x0, x1 + 1 - w, 5, dtype=int).clip(0, max(width - w, 0))
         ys = np.clip((y0 - h, y0, y1 + 1, y1 + 1 - h), 0, max(height - h, 0))
         places = np.array([(x, y, x + w, y + h) for x in xs for y in ys])
-        upper_left = np.maximum(places[:, None, :2], taken[:, :2])
-        lower_right = np.minimum(places[:, None, 2:], taken[:, 2:])
+        upper_left = np.maximum(places[:, None, :2], captions[:, :2])
+        lower_right = np.minimum(places[:, None, 2:], captions[:, 2:])
         overlap = (lower_right - upper_left).clip(0).prod(axis=2).sum(axis=1)
         place = places[overlap.argmin()]
-        taken = np.concatenate([taken, place[None]])
+        captions = np.concatenate([captions, place[None]])
         drawn.append(((x0, y0, x1, y1), place.tolist(), text, class_colour(label)))
-    drawn.reverse()  # what matters most comes last, over the rest
+    drawn.reverse()  # the most important on top
     for (x0, y0, x1, y1), _, _, colour in drawn:
         draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black", width=line + 2)
         draw.rectangle((x0, y0, x1, y1), outline=colour, width=line)
@@ -108,9 +108,9 @@ def draw_boxes(
 def side_by_side(
     image: Tensor, columns: Mapping[str, Mapping], names: Mapping[int, str] | None = None
 ) -> Image.Image:
-    """The image several times on one sheet, each with its title and boxes.
+    """Copies of the image in a row, each with a title and boxes.
 
-    columns: {title: what `draw_boxes` takes, "boxes", "labels" and perhaps more}, from the left.
+    columns: {title: keyword arguments of `draw_boxes`}, from left to right.
     """
     parts = {title: draw_boxes(image, names=names, **part) for title, part in columns.items()}
     width, height = next(iter(parts.values())).size
@@ -125,9 +125,9 @@ def side_by_side(
 
 
 def read_log(path: Path) -> dict[int, dict]:
-    """{epoch: its line} of a log.txt, with AP and AP50 under keys of their own.
+    """{epoch: row} of a log.txt, with added keys for AP and AP50.
 
-    Where a run was taken up again, the later line of an epoch counts. UserError if it is no log.
+    The last line of an epoch counts, as resumed runs may repeat epochs. UserError if not a log.
     """
     rows, number = {}, 0
     try:
@@ -139,18 +139,18 @@ def read_log(path: Path) -> dict[int, dict]:
                     row[f"{prefix}AP"], row[f"{prefix}AP50"] = figures[:2]
             rows[int(row["epoch"])] = row
     except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "it is no text"
-        raise UserError(f"{path}: cannot be read: {reason}; name a run's log.txt") from e
+        reason = e.strerror if isinstance(e, OSError) else "not a text file"
+        raise UserError(f"{path}: cannot be read: {reason}; pass a run's log.txt") from e
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise UserError(f"{path}: line {number} is not JSON as log.txt has it; remove it") from e
+        raise UserError(f"{path}: line {number} is not a JSON line of log.txt; remove it") from e
     return dict(sorted(rows.items()))
 
 
 def plot_log(log_files: str | Path | Sequence[str | Path], out_file: str | Path) -> None:
-    """Plot losses, AP and AP50 over epochs, a colour for each run, into a PNG, PDF or SVG file.
+    """Plot losses, AP and AP50 by epoch, with a colour for each run, to a PNG, PDF or SVG file.
 
-    Each of `log_files` is a run's log.txt or directory. The loss in training includes denoising,
-    that in testing does not. UserError if a log holds nothing to plot or a file is out of reach.
+    Each of `log_files` is a run's log.txt or directory. Training losses include denoising, test
+    losses do not. UserError if a log has nothing to plot or a file cannot be read or written.
     """
     paths = [Path(p) for p in ([log_files] if isinstance(log_files, str | Path) else log_files)]
     paths = [path / "log.txt" if path.is_dir() else path for path in paths]
@@ -160,14 +160,14 @@ def plot_log(log_files: str | Path | Sequence[str | Path], out_file: str | Path)
         rows, plotted = read_log(path), False
         for (key, axis), (begin, end, name, style) in itertools.product(axes.items(), CURVES):
             values = {epoch: row.get(begin + key + end) for epoch, row in rows.items()}
-            # Not NaN, and not the AP of -1 that stands for no object.
+            # Leaves out NaN, and the AP of -1 that means no objects.
             values = {e: v for e, v in values.items() if isinstance(v, int | float) and v >= 0}
             if values:
                 marker = "." if len(values) < 30 else ""
                 axis.plot(values.keys(), values.values(), style, color=f"C{i}", marker=marker)
                 styles[name], plotted = Line2D([], [], color="black", linestyle=style), True
         if not plotted:
-            raise UserError(f"{path}: holds no losses and no AP; name the log.txt of a longer run")
+            raise UserError(f"{path}: has no losses and no AP; pass the log.txt of a longer run")
     for key, axis in axes.items():
         axis.set(xlabel="epoch", ylabel=PANELS[key], ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -185,9 +185,9 @@ def plot_log(log_files: str | Path | Sequence[str | Path], out_file: str | Path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("util.visualize", description="Plot losses and AP of runs.")
-    parser.add_argument("logs", nargs="+", metavar="LOG", help="a run's log.txt or its directory")
-    parser.add_argument("--output", required=True, metavar="PNG", help="picture to write")
+    parser = argparse.ArgumentParser("util.visualize", description="Plot losses and AP by epoch.")
+    parser.add_argument("logs", nargs="+", metavar="RUN", help="a run's directory or log.txt")
+    parser.add_argument("--output", required=True, metavar="FILE", help="output (PNG, PDF, SVG)")
     args = parser.parse_args(argv)
     try:
         plot_log(args.logs, args.output)

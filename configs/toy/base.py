@@ -1,11 +1,11 @@
-"""What the toy models share: small images, and a small model that learns from random weights.
+"""Common settings of the toy models: small images, and a small model with random initial weights.
 
-The class term is heavier, as six shapes take longer to tell apart than to find.
+The classification loss has a higher weight, as shapes are harder to classify than to localise.
 """
 
 backbone = "timm/test_resnet"
 pretrained_backbone = False
-batch_norm_type = "BatchNorm2d"  # frozen statistics only suit pretrained weights
+batch_norm_type = "BatchNorm2d"  # frozen statistics need pretrained weights
 hidden_dim = 128
 nheads = 4
 enc_layers = 4
@@ -18,7 +18,7 @@ cls_loss_coef = 10
 data_aug_scales = [96, 112, 128]
 data_aug_max_size = 128
 data_aug_scales2_crop = []
-num_workers = 0  # such images take a millisecond each; a worker would only take a core away
+num_workers = 0  # images load in a millisecond; workers would only compete for cores
 
 batch_size = 4
 optimizer = "muon"

@@ -1,4 +1,4 @@
-"""A small DINO as it is in DN-DETR's code, for the toy data set."""
+"""A small DINO as in DN-DETR's code, for the toy data set."""
 
 _base_ = ["../dn_dab_dino_deformable_detr_r50.py", "base.py"]
 
