@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from datasets.coco_eval import CocoEvaluator
 from models.nested_tensor import NestedTensor
-from run import Run
+from train_state import Run
 from util.distributed import (
     by_first,
     gather,

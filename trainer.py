@@ -19,7 +19,7 @@ from datasets.coco_eval import CocoEvaluator
 from datasets.loader import build_loader
 from engine import NonFiniteLoss, evaluate, train_one_epoch
 from models.errors import UserError
-from run import (
+from train_state import (
     Run,
     claimed,
     class_map_of,

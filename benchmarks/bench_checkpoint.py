@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models.class_map import ClassMap
-from run import Run
+from train_state import Run
 from util.checkpoint import read_checkpoint, save_checkpoint
 from util.config import load_config
 

@@ -17,9 +17,9 @@ from main import main
 from models import build_backbone
 from models.errors import UserError
 from models.nested_tensor import nested_tensor_from_tensor_list
-from run import Run
 from tests.conftest import SMALL, Pair
 from tests.test_main import read_log
+from train_state import Run
 from util.config import MODELS, Config, parse_command_line
 
 TINY = [

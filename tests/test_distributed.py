@@ -22,9 +22,9 @@ from engine import train_one_epoch
 from main import main
 from models.class_map import ClassMap
 from models.nested_tensor import nested_tensor_from_tensor_list
-from run import Run
 from tests.conftest import SMALL, Pair, children_of, wait_for_first_epoch
 from tests.test_main import assert_same_state, read_log
+from train_state import Run
 from util.checkpoint import read_checkpoint
 from util.config import parse_command_line
 from util.distributed import join_processes, leave_processes

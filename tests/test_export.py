@@ -14,8 +14,8 @@ import torch
 from datasets.toy import CATEGORIES
 from main import main as evaluate
 from models.class_map import ClassMap
-from run import Run
 from tools.export_checkpoint import main
+from train_state import Run
 from util.checkpoint import load_weights, read_checkpoint
 from util.config import MODELS, SELECTION_SWITCHES, load_config, parse_command_line
 

@@ -10,7 +10,7 @@ from datasets.coco import build_dataset, collate
 from datasets.coco_eval import CocoEvaluator
 from datasets.toy import make_toy_coco
 from engine import evaluate, train_one_epoch
-from run import Run
+from train_state import Run
 from util.config import load_config
 from util.logging import Averages
 
