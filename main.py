@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"stopped: {e}")
         return 1
     except Stopped as e:
-        say(f"stopped by {e}" + ("; --resume auto goes on from there" if cfg.output_dir else ""))
+        say(f"stopped by {e}" + ("; --resume auto continues from there" if cfg.output_dir else ""))
         return 128 + (e.signum or signal.SIGTERM)
     except RuntimeError as e:
         if lost := lost_process(e):
@@ -60,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def lost_process(error: RuntimeError) -> str | None:
-    """Which process the error says is gone, if it is about one."""
+    """Which process died or hangs, according to the error, if it is about one."""
     if "DataLoader worker" in str(error):
-        return "a data-loading process is gone"
+        return "a data-loading process died"
     if world_size() > 1 and re.search(r"gloo|NCCL|Connection|Timed out|peer", str(error)):
-        return f"process {rank()} waits in vain for another, which is gone or hangs"
+        return f"process {rank()} lost contact with another process, which died or hangs"
     return None
 
 

@@ -19,7 +19,7 @@ from models.errors import UserError
 from models.nested_tensor import nested_tensor_from_tensor_list
 from tests.conftest import SMALL, Pair
 from tests.test_main import read_log
-from train_state import Run
+from train_state import TrainState
 from util.config import MODELS, Config, parse_command_line
 
 TINY = [
@@ -54,7 +54,7 @@ def run_main(argv: list[str]) -> tuple[int | str, str]:
     """The exit status of `main`, or that there was a traceback, and what it printed to stderr."""
     status, printed = "traceback", io.StringIO()
     # Checkpoints, which other tests are about, would take half of the time.
-    saving = patch.multiple(Run, save=lambda *args: None, copy=lambda *args: None)
+    saving = patch.object(TrainState, "save")
     with redirect_stderr(printed), redirect_stdout(io.StringIO()), saving:
         try:
             status = main(argv)

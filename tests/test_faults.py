@@ -112,7 +112,7 @@ def test_a_killed_data_worker_ends_the_run(toy: Path, tmp_path: Path):
         error = process.communicate(timeout=300)[1]
     assert process.returncode == 1
     last = error.splitlines()[-1]
-    assert last.startswith("main.py: stopped: a data-loading process is gone: DataLoader worker")
+    assert last.startswith("main.py: stopped: a data-loading process died: DataLoader worker")
 
 
 def resident_mb() -> float:

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import uuid
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from util.download import local_file
 
 logger = logging.getLogger(__name__)
 
-# What a run can be taken up from: not checkpoint_best*, not *_nonfinite.
+# What a run can be resumed from: not checkpoint_best*, not *_nonfinite.
 CANDIDATE = re.compile(r"checkpoint(\d{4,}|_previous_\d+)?\.pth")
 
 
@@ -30,7 +31,7 @@ def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict:
     return weights.read_checkpoint(local_file(path), verify)
 
 
-def copy_checkpoint(path: Path, other: Path) -> None:
+def _copy(path: Path, other: Path) -> None:
     """Has the file under another name as well: by a hard link, which takes no time and no room, or
     where the file system has none by a copy."""
     temporary = other.with_name(f".{other.name}.tmp")
@@ -39,7 +40,7 @@ def copy_checkpoint(path: Path, other: Path) -> None:
         try:
             os.link(path, temporary)
         except OSError:
-            shutil.copy2(path, temporary)  # with its time, by which the newest is told
+            shutil.copy2(path, temporary)  # keeps the modification time: it identifies the newest
         os.replace(temporary, other)
     except OSError as error:
         raise _not_saved(other, error) from error
@@ -63,13 +64,16 @@ def _keep_previous(path: Path, number: int) -> None:
         if newer.exists():
             os.replace(newer, older)
     if names and path.exists():
-        copy_checkpoint(path, names[0])
+        _copy(path, names[0])
 
 
-def save_checkpoint(path: str | os.PathLike, state: dict, keep: int = 1) -> None:
+def save_checkpoint(
+    path: str | os.PathLike, state: dict, keep: int = 1, copies: Sequence[str] = ()
+) -> None:
     """Writes `state` to `path` so that a crash at any moment leaves the old file or the new one.
 
     keep: so many of the newest are kept, those before as `checkpoint_previous_1.pth` and so on.
+    copies: names in the same directory under which it is kept as well.
     UserError where the file system refuses (disk full, directory gone, no permission); TypeError
     where `state` holds what `read_checkpoint` would refuse (a numpy scalar, a Path, ...), which is
     better learnt at the first save than at the resume. The file before it stays whole in both.
@@ -100,6 +104,8 @@ def save_checkpoint(path: str | os.PathLike, state: dict, keep: int = 1) -> None
             os.fsync(directory)
         finally:
             os.close(directory)
+    for name in copies:
+        _copy(path, path.with_name(name))
 
 
 def latest_checkpoint(output_dir: str | os.PathLike) -> tuple[Path, dict] | None:
