@@ -1,10 +1,11 @@
-"""One epoch of training and one evaluation."""
+"""One optimiser step after another, and one evaluation."""
 
 import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from datasets.coco_eval import CocoEvaluator
+from models.criterion import SetCriterion
 from models.nested_tensor import NestedTensor
-from run import Run
-from util.distributed import (
-    by_first,
-    gather,
-    gather_to_first,
-    sum_over_processes,
-    world_size,
-)
-from util.logging import Averages, Progress, peak_memory_mb
+from models.postprocess import PostProcess
+from train_state import TrainState
+from util.config import Config
+from util.distributed import gather, gather_to_rank0, on_rank0, sum_over_processes, world_size
+from util.logging import Averages, ProgressBar
 from util.matching_log import MatchingLog
 
 logger = logging.getLogger(__name__)
@@ -32,8 +30,15 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A loss or the norm of its gradients became NaN or infinite; the message says which one, at
-    which epoch and step."""
+    """A loss or the norm of its gradients is NaN or infinite; the message says which."""
+
+
+class Step(NamedTuple):
+    """What one optimiser step measured."""
+
+    stats: dict[str, float]  # losses are means over all processes
+    num_images: int  # of this process
+    requests: list[bool]  # each one made by any process
 
 
 def in_groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -44,28 +49,26 @@ def in_groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Images, labels and boxes on the device; sizes and ids stay, only the CPU reads them."""
+    """Moves images, labels and boxes; sizes and ids are only read on the CPU."""
     images, targets = batch
     move = lambda tensor: tensor.to(device, non_blocking=True)
     moved = [{**t, "labels": move(t["labels"]), "boxes": move(t["boxes"])} for t in targets]
     return images.to(device, non_blocking=True), moved
 
 
-def autocast(run: Run) -> torch.autocast:
-    return torch.autocast(run.device.type, AMP_DTYPES[run.cfg.amp_dtype], enabled=run.cfg.amp)
+def autocast(device: torch.device, cfg: Config) -> torch.autocast:
+    return torch.autocast(device.type, AMP_DTYPES[cfg.amp_dtype], enabled=cfg.amp)
 
 
 def weigh(
-    losses: dict[str, Tensor], weights: dict[str, float], everywhere: bool = False
+    losses: dict[str, Tensor], weights: dict[str, float], average: bool = False
 ) -> tuple[Tensor, dict[str, float]]:
     """The weighted sum of the losses; and as numbers, under the released keys, that sum as `loss`,
-    the weighted terms, and the raw terms as `_unscaled`. They take one transfer.
-
-    `everywhere`: the numbers are means over all processes, which all have to ask for.
-    """
+    the weighted terms, and the raw terms as `_unscaled`, all in one transfer from the device. With
+    `average` the numbers are means over all processes, which have to call this together."""
     total = sum(losses[name] * weight for name, weight in weights.items())
     values = torch.stack([total, *losses.values()]).detach()
-    if everywhere:
+    if average:
         values = sum_over_processes(values) / world_size()
     loss, *values = values.tolist()
     stats = {"loss": loss}
@@ -77,129 +80,119 @@ def weigh(
     return total, stats
 
 
-def forward_and_backward(run: Run, batches: Sequence[Batch], num_boxes: float) -> dict[str, float]:
+def forward_and_backward(
+    state: TrainState,
+    parallel: nn.Module,
+    criterion: SetCriterion,
+    batches: Sequence[Batch],
+    num_boxes: float,
+) -> dict[str, float]:
     """Gradients of the mean loss of the batches; returns the means of everything measured."""
-    averages, weights = Averages(), run.criterion.weight_dict
+    averages, weights = Averages(), criterion.weight_dict
     for i, batch in enumerate(batches, 1):
-        images, targets = to_device(batch, run.device)
+        images, targets = to_device(batch, state.device)
         # Processes exchange gradients once a step, with the last batch.
-        alone = isinstance(run.parallel, DistributedDataParallel) and i < len(batches)
-        with run.parallel.no_sync() if alone else nullcontext():
-            with autocast(run):
-                losses = run.criterion(run.parallel(images, targets), targets, num_boxes)
-                loss, stats = weigh(losses, weights, everywhere=True)
+        skip_sync = isinstance(parallel, DistributedDataParallel) and i < len(batches)
+        with parallel.no_sync() if skip_sync else nullcontext():
+            with autocast(state.device, state.cfg):
+                losses = criterion(parallel(images, targets), targets, num_boxes)
+                loss, stats = weigh(losses, weights, average=True)
             if not math.isfinite(stats["loss"]):
                 bad = [k for k in weights if not math.isfinite(stats[k])] or ["loss"]
                 more = f" ({len(bad)} losses are not finite)" if len(bad) > 1 else ""
                 raise NonFiniteLoss(f"{bad[0]} is {stats[bad[0]]}{more}")
-            run.scaler.scale(loss / len(batches)).backward()
+            state.scaler.scale(loss / len(batches)).backward()
         averages.update(stats, len(targets))
     return averages.means()
 
 
-def train_one_epoch(
-    run: Run,
-    loader: DataLoader,
-    wishes: Callable[[], list[bool]] = list,
-    after_step: Callable[[list[bool]], None] = lambda wished: None,
-) -> dict[str, float]:
-    """Train the epoch behind `run.epoch`, from `run.step` on, with what `loader` gives; return the
-    means of everything that was measured, which `run.averages` collect.
+def train_steps(
+    state: TrainState,
+    parallel: nn.Module,
+    criterion: SetCriterion,
+    loader: Iterable[Batch],
+    requests: Callable[[], list[bool]] = list,
+) -> Iterator[Step]:
+    """Take one optimiser step after another; changes everything in `state` but its position.
 
-    A step takes `cfg.accumulate` batches in every process; losses are divided by the number of
-    boxes in all of them. Steps that fp16's scaler leaves out do not count for a schedule of steps.
-    `wishes` is asked before every step, and `after_step` told what the processes wished, together.
-    Raises NonFiniteLoss before a step is taken that would destroy the weights, in all processes.
+    `parallel` is the state's model, or DDP around it. A step takes `cfg.accumulate` batches in
+    every process; losses are divided by the number of boxes in all of them. A step that fp16's
+    scaler skips does not advance a schedule of steps. `requests` is called before every step, and
+    its values exchanged. All processes raise NonFiniteLoss before a step that would destroy the
+    weights.
     """
-    cfg, scaler, epoch, skipped = run.cfg, run.scaler, run.epoch + 1, 0
-    run.model.train()
-    run.criterion.train()
-    if cfg.use_ema and run.ema is None and epoch >= cfg.ema_epoch:
-        run.begin_average()
-    total_steps = len(loader) // cfg.accumulate
-    total_steps = min(total_steps, DEBUG_STEPS) if cfg.debug else total_steps
-    progress = Progress(in_groups(loader, cfg.accumulate), f"epoch {epoch}", total_steps)
-    for batches in progress:
+    cfg, scaler, skipped = state.cfg, state.scaler, 0
+    state.model.train()
+    criterion.train()
+    for batches in in_groups(loader, cfg.accumulate):
         targets = [target for _, targets in batches for target in targets]
         for name in [name for t in targets for name in t.get("skipped", ())]:
             skipped += 1
             logger.warning("unreadable image skipped, %d in this epoch: %s", skipped, name)
         num_boxes = sum(len(t["labels"]) for t in targets)
-        shared = torch.tensor([num_boxes, *wishes()], dtype=torch.float64)
-        num_boxes, *wished = sum_over_processes(shared).tolist()
+        shared = torch.tensor([num_boxes, *requests()], dtype=torch.float64)
+        num_boxes, *requested = sum_over_processes(shared).tolist()
         num_boxes = max(num_boxes / world_size() / cfg.accumulate, 1.0)
-        run.optimizer.zero_grad()
-        try:
-            stats = forward_and_backward(run, batches, num_boxes)
-            if cfg.clip_max_norm > 0:
-                scaler.unscale_(run.optimizer)
-                parameters = run.model.parameters()
-                norm = nn.utils.clip_grad_norm_(parameters, cfg.clip_max_norm).item()
-                if math.isfinite(norm):
-                    stats["grad_norm"] = norm
-                elif not scaler.is_enabled():  # which would leave this step out
-                    raise NonFiniteLoss(f"the norm of the gradients is {norm}")
-        except NonFiniteLoss as e:
-            raise NonFiniteLoss(f"{e} at epoch {epoch}, step {run.step}") from None
+        state.optimizer.zero_grad()
+        stats = forward_and_backward(state, parallel, criterion, batches, num_boxes)
+        if cfg.clip_max_norm > 0:
+            scaler.unscale_(state.optimizer)
+            norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.clip_max_norm).item()
+            if math.isfinite(norm):
+                stats["grad_norm"] = norm
+            elif not scaler.is_enabled():  # which would skip this step
+                raise NonFiniteLoss(f"the norm of the gradients is {norm}")
         scale = scaler.get_scale()
-        scaler.step(run.optimizer)
+        scaler.step(state.optimizer)
         scaler.update()
-        if run.ema:
-            run.ema.update(run.model)
-        if run.every_step and scaler.get_scale() >= scale:  # it shrinks when a step is left out
-            run.scheduler.step()
-        run.step += 1
-        run.averages.update(stats, len(targets))
-        progress.images += len(targets) * world_size()
-        progress.note = f"loss {run.averages.means()['loss']:.3f}"
-        after_step([wish > 0 for wish in wished])
-    return run.averages.means() | {
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "images_per_second": progress.images_per_second,
-        "peak_memory_mb": peak_memory_mb(),
-    }
+        if state.ema:
+            state.ema.update(state.model)
+        if state.every_step and scaler.get_scale() >= scale:  # it shrinks when a step is skipped
+            state.schedule.step()
+        yield Step(stats, len(targets), [count > 0 for count in requested])
 
 
 @torch.no_grad()
 def evaluate(
-    run: Run,
     model: nn.Module,
+    criterion: SetCriterion | None,
+    postprocess: PostProcess,
     loader: DataLoader,
     evaluator: CocoEvaluator,
-    annotated: bool = True,
+    cfg: Config,
     matching: MatchingLog | None = None,
 ) -> dict[str, float | list[float]]:
-    """Fill `evaluator` with what the run's model, or its average, detects; return losses and COCO's
-    figures, with `matching` its summary as well.
+    """Fill `evaluator` and `matching`; returns losses, speed, COCO's figures and the summary of
+    `matching`, or without annotations, when `criterion` is None, only the speed.
 
-    Of several processes the first evaluates, and it alone has all detections in `evaluator`.
-    Without annotations (`annotated` False) there is nothing to return but the speed.
+    Rank 0 computes COCO's figures; only its `evaluator` has the detections of all processes.
     """
+    averages, device = Averages(), next(model.parameters()).device
     model.eval()
-    run.criterion.eval()
-    averages = Averages()
-    total_steps = min(len(loader), DEBUG_STEPS) if run.cfg.debug else len(loader)
-    progress = Progress(loader, "evaluate", total_steps)
-    weights = {k: w for k, w in run.criterion.weight_dict.items() if "_dn" not in k}
+    if criterion:
+        criterion.eval()
+        weights = {k: w for k, w in criterion.weight_dict.items() if "_dn" not in k}
+    total = min(len(loader), DEBUG_STEPS) if cfg.debug else len(loader)
+    progress = ProgressBar(loader, "evaluate", total)
     for batch in progress:
-        images, targets = to_device(batch, run.device)
-        with autocast(run):
+        images, targets = to_device(batch, device)
+        with autocast(device, cfg):
             outputs = model(images)
-        if annotated:
-            _, stats = weigh(run.criterion(outputs, targets), weights)
+        if criterion:
+            _, stats = weigh(criterion(outputs, targets), weights)
             averages.update(stats, len(targets))
         if matching:
             matching.update(outputs, targets)
-        sizes = torch.stack([t["orig_size"] for t in targets]).to(run.device)
-        results = run.postprocess(outputs, sizes)
+        sizes = torch.stack([t["orig_size"] for t in targets]).to(device)
+        results = postprocess(outputs, sizes)
         ids = [int(t["image_id"]) for t in targets]
         evaluator.update(dict(zip(ids, results, strict=True)))
         progress.images += len(targets) * world_size()
-    if parts := gather_to_first(evaluator.results):
+    if parts := gather_to_rank0(evaluator.results):
         evaluator.join(parts)
     averages.join(gather(averages.state_dict()))
     stats = averages.means() | {"images_per_second": progress.images_per_second}
     if matching:
         matching.join(gather(matching.found))
         stats |= matching.summary()
-    return stats | {"coco_eval_bbox": by_first(evaluator.summarize)} if annotated else stats
+    return stats | {"coco_eval_bbox": on_rank0(evaluator.summarize)} if criterion else stats

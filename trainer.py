@@ -1,4 +1,4 @@
-"""Training and evaluation as `main.py` does them: epoch after epoch, saved and logged."""
+"""Training and evaluation as `main.py` runs them: epoch after epoch, saved and logged."""
 
 import contextlib
 import dataclasses
@@ -10,142 +10,172 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from datasets.coco import CocoDetection, build_dataset
 from datasets.coco_eval import CocoEvaluator
 from datasets.loader import build_loader
-from engine import NonFiniteLoss, evaluate, train_one_epoch
+from engine import DEBUG_STEPS, NonFiniteLoss, evaluate, train_steps
+from models import build_model
+from models.criterion import SetCriterion
 from models.errors import UserError
-from run import (
-    Run,
-    claimed,
-    class_map_of,
-    find_resume,
-    overwrites,
-    prepare_output_dir,
-    remove_run,
-)
+from models.postprocess import PostProcess
+from train_state import TrainState, class_map_of
 from util.checkpoint import read_checkpoint
 from util.config import Config
-from util.distributed import by_first, rank, take_from_first, world_size
-from util.logging import Averages, RunLog
+from util.distributed import broadcast_from_rank0, on_rank0, rank, world_size
+from util.logging import Averages, ProgressBar, RunLog, peak_memory_mb
 from util.matching_log import MatchingLog
+from util.run_dir import claimed, find_resume, prepare_output_dir, remove_run, should_overwrite
 from util.signals import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
 
 
-def train_epoch(run: Run, loader: DataLoader, stop: StopRequest) -> None:
-    """Train the next epoch, from where it stands, saving when it is time or asked for."""
-    cfg, epoch = run.cfg, run.epoch + 1
-    loader.dataset.set_epoch(epoch)
-    loader.batch_sampler.epoch, loader.batch_sampler.start = epoch, run.step * cfg.accumulate
-    begun = saved = time.monotonic()
-    before = run.seconds
+class Trainer:
+    """Trains, evaluates and saves a `TrainState` epoch by epoch, and advances its position.
 
-    def wishes() -> list[bool]:
-        minutes = (time.monotonic() - saved) / 60
-        return [rank() == 0 and minutes > cfg.save_every_minutes, stop.signum != 0]
+    Owns the data, the losses, and `parallel`: the model, inside DDP if there are several processes.
+    """
 
-    def after_step(wished: list[bool]) -> None:
-        nonlocal saved
-        run.seconds = before + time.monotonic() - begun
-        if any(wished):
-            run.save()
-            saved = time.monotonic()
-        if wished[1]:
-            raise Stopped(stop.signum)
+    def __init__(self, cfg: Config, device: torch.device, stop: StopRequest):
+        self.stop = stop
+        source = on_rank0(lambda: find_resume(cfg, training=True))
+        checkpoint = read_checkpoint(source) if source else None
+        train_set = build_dataset(cfg, "train", class_map_of(checkpoint) if checkpoint else None)
+        check_queries(train_set, cfg)
+        val_set = build_dataset(cfg, "val", train_set.class_map)
+        self.val_loader = build_loader(val_set, cfg, train=False)
+        self.train_loader = build_loader(train_set, cfg, train=True)
+        cfg = dataclasses.replace(cfg, num_classes=train_set.class_map.num_classes)
+        if cfg.batch_norm_type.startswith("Frozen") and not (cfg.pretrained_backbone or checkpoint):
+            logger.warning("batch_norm_type: without pretrained weights, BatchNorm2d learns better")
+        model, self.criterion, self.postprocess = build_model(cfg)
+        epoch_length = len(self.train_loader) // cfg.accumulate
+        self.state = TrainState(cfg, model.to(device), train_set.class_map, epoch_length)
+        self.state.begin(checkpoint, source)
+        self.parallel: nn.Module = model
+        if world_size() > 1:
+            norms = nn.BatchNorm2d, nn.SyncBatchNorm
+            has_statistics = any(isinstance(m, norms) for m in model.modules())
+            self.parallel = DistributedDataParallel(model, broadcast_buffers=has_statistics)
 
-    try:
-        run.trained = train_one_epoch(run, loader, wishes, after_step)
-    except NonFiniteLoss as e:
-        if not cfg.output_dir:
-            raise
-        run.save("checkpoint_nonfinite.pth", nonfinite=True)
-        path = Path(cfg.output_dir) / "checkpoint_nonfinite.pth"
-        raise NonFiniteLoss(f"{e}; the weights before that step are in {path}") from None
-    if not run.every_step:
-        run.scheduler.step()
-    # Statistics of batches are each process's own until the next step.
-    take_from_first(run.model.buffers())
-    if run.ema:
-        take_from_first(run.ema.module.buffers())
-    run.epoch, run.step, run.averages = epoch, 0, Averages()
-
-
-def train_epochs(
-    run: Run, train_loader: DataLoader, val_loader: DataLoader, stop: StopRequest
-) -> None:
-    """Train and evaluate every epoch that is left, and log each once."""
-    cfg, first = run.cfg, run.epoch + 1 - (run.trained is not None)
-    if world_size() > 1:
-        norms = [m for m in run.model.modules() if isinstance(m, _BatchNorm)]
-        run.parallel = DistributedDataParallel(run.model, broadcast_buffers=bool(norms))
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    together = f" in {world_size()} processes" if world_size() > 1 else ""
-    logger.info(
-        f"{cfg.modelname} on {run.device}{together}: {run.class_map.num_classes} classes, "
-        f"{trained / 1e6:.1f} M trained parameters, {len(train_loader.dataset)} training "
-        f"images, {len(val_loader.dataset)} to evaluate"
-    )
-    log = RunLog(cfg.output_dir, first) if cfg.output_dir and rank() == 0 else None
-    begun = time.monotonic()
-    for epoch in range(first, cfg.epochs):
-        if run.trained is None:
-            train_epoch(run, train_loader, stop)
-            run.save()
-        start = time.monotonic()
-        with stop.obeyed_at_once() if cfg.output_dir else contextlib.nullcontext():
-            stats = evaluate_run(run, val_loader)
-        seconds = run.seconds + time.monotonic() - start
-        line = {f"train_{k}": v for k, v in run.trained.items()} | stats
-        line |= {"epoch": epoch, "n_parameters": trained}
-        line |= {"epoch_time": str(timedelta(seconds=int(seconds)))}
-        by_first(lambda line=line: log and log.write(line))
-        done, run.trained, run.seconds = run.trained, None, 0.0
-        ap = stats.get("ema_test_coco_eval_bbox", stats["test_coco_eval_bbox"])[0]
-        is_best, run.best_ap = ap > run.best_ap, max(ap, run.best_ap)
-        run.save()
-        if is_best:
-            run.copy("checkpoint_best.pth")
-        if (epoch + 1) % cfg.lr_drop == 0 or (epoch + 1) % cfg.save_checkpoint_interval == 0:
-            run.copy(f"checkpoint{epoch:04}.pth")
-        average = (time.monotonic() - begun) / (epoch + 1 - first)
-        left = timedelta(seconds=int(average * (cfg.epochs - epoch - 1)))
-        ap, ap50 = stats["test_coco_eval_bbox"][:2]
+    def train_epochs(self) -> None:
+        """Train, evaluate and log every remaining epoch."""
+        state, position, cfg = self.state, self.state.position, self.state.cfg
+        first = position.epoch + 1 - (position.trained is not None)
+        num_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+        together = f" in {world_size()} processes" if world_size() > 1 else ""
         logger.info(
-            f"epoch {epoch}: loss {done['loss']:.3f}, AP {ap:.3f}, AP50 {ap50:.3f}, "
-            f"{done['images_per_second']:.1f} images/s, left {left}"
+            f"{cfg.modelname} on {state.device}{together}: {state.class_map.num_classes} classes, "
+            f"{num_parameters / 1e6:.1f} M trained parameters, {len(self.train_loader.dataset)} "
+            f"training images, {len(self.val_loader.dataset)} to evaluate"
         )
-    if log:
-        log.close()
-    logger.info("done in %s", timedelta(seconds=int(time.monotonic() - begun)))
+        log = RunLog(cfg.output_dir, first) if cfg.output_dir and rank() == 0 else None
+        begun = time.monotonic()
+        for epoch in range(first, cfg.epochs):
+            if position.trained is None:
+                self.train_epoch()
+                state.save()
+            start = time.monotonic()
+            with self.stop.obeyed_at_once() if cfg.output_dir else contextlib.nullcontext():
+                stats = evaluate_state(state, self.criterion, self.postprocess, self.val_loader)
+            seconds = timedelta(seconds=int(position.seconds + time.monotonic() - start))
+            line = {f"train_{k}": v for k, v in position.trained.items()} | stats
+            line |= {"epoch": epoch, "n_parameters": num_parameters, "epoch_time": str(seconds)}
+            on_rank0(lambda line=line: log and log.write(line))
+            position.trained, position.seconds = None, 0.0
+            ap = stats.get("ema_test_coco_eval_bbox", stats["test_coco_eval_bbox"])[0]
+            copies = ["checkpoint_best.pth"] if ap > position.best_ap else []
+            if (epoch + 1) % cfg.lr_drop == 0 or (epoch + 1) % cfg.save_checkpoint_interval == 0:
+                copies.append(f"checkpoint{epoch:04}.pth")
+            position.best_ap = max(ap, position.best_ap)
+            state.save(copies=copies)
+            average = (time.monotonic() - begun) / (epoch + 1 - first)
+            left = timedelta(seconds=int(average * (cfg.epochs - epoch - 1)))
+            ap, ap50 = stats["test_coco_eval_bbox"][:2]
+            logger.info(
+                f"epoch {epoch}: loss {line['train_loss']:.3f}, AP {ap:.3f}, AP50 {ap50:.3f}, "
+                f"{line['train_images_per_second']:.1f} images/s, left {left}"
+            )
+        if log:
+            log.close()
+        logger.info("done in %s", timedelta(seconds=int(time.monotonic() - begun)))
+
+    def train_epoch(self) -> None:
+        """Train the next epoch from the current step on; save in between and when told to stop."""
+        state, position, cfg = self.state, self.state.position, self.state.cfg
+        epoch, loader, before = position.epoch + 1, self.train_loader, position.seconds
+        loader.dataset.set_epoch(epoch)
+        sampler = loader.batch_sampler
+        sampler.epoch, sampler.start = epoch, position.step * cfg.accumulate
+        if cfg.use_ema and state.ema is None and epoch >= cfg.ema_epoch:
+            state.begin_average()
+        begun = saved = time.monotonic()
+        is_due = lambda: rank() == 0 and (time.monotonic() - saved) / 60 > cfg.save_every_minutes
+        requests = lambda: [is_due(), self.stop.signum != 0]
+        steps = train_steps(state, self.parallel, self.criterion, loader, requests)
+        total = len(loader) // cfg.accumulate
+        total = min(total, DEBUG_STEPS) if cfg.debug else total
+        progress = ProgressBar(steps, f"epoch {epoch}", total)
+        try:
+            for stats, num_images, (save_requested, stop_requested) in progress:
+                position.step += 1
+                position.averages.update(stats, num_images)
+                position.seconds = before + time.monotonic() - begun
+                progress.images += num_images * world_size()
+                progress.note = f"loss {position.averages.means()['loss']:.3f}"
+                if save_requested or stop_requested:
+                    state.save()
+                    saved = time.monotonic()
+                if stop_requested:
+                    raise Stopped(self.stop.signum)
+        except NonFiniteLoss as e:
+            message = f"{e} at epoch {epoch}, step {position.step}"
+            if cfg.output_dir:
+                path = Path(cfg.output_dir) / "checkpoint_nonfinite.pth"
+                state.save(path.name, nonfinite=True)
+                message += f"; the weights before that step are in {path}"
+            raise NonFiniteLoss(message) from None
+        position.trained = position.averages.means() | {
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "images_per_second": progress.images_per_second,
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        position.epoch, position.step, position.averages = epoch, 0, Averages()
+        if not state.every_step:
+            state.schedule.step()
+        # DDP synchronises the batch statistics only at the next step.
+        broadcast_from_rank0(state.model.buffers())
+        if state.ema:
+            broadcast_from_rank0(state.ema.module.buffers())
 
 
-def evaluate_run(run: Run, loader: DataLoader) -> dict:
-    """Evaluate the model, and its average where one is kept; returns log.txt's `test_` keys."""
-    stats = {}
-    for prefix, model in (("test", run.model), ("ema_test", run.ema and run.ema.module)):
-        if model is None:
-            continue
+def evaluate_state(
+    state: TrainState, criterion: SetCriterion, postprocess: PostProcess, loader: DataLoader
+) -> dict:
+    """Evaluate the model and, if there is one, its average; returns log.txt's `test_` keys. Of the
+    position, only `matches` changes."""
+    cfg, position, figures = state.cfg, state.position, {}
+    models = {"test": state.model} | ({"ema_test": state.ema.module} if state.ema else {})
+    for prefix, model in models.items():
         evaluator, matching = CocoEvaluator(loader.dataset), None
-        if run.cfg.log_matching and model is run.model:
-            matching = MatchingLog(run.criterion.matcher, run.matches)
-        found = evaluate(run, model, loader, evaluator, matching=matching)
-        run.matches = matching.matches if matching else run.matches
-        stats |= {f"{prefix}_{k}": v for k, v in found.items()}
+        if cfg.log_matching and model is state.model:
+            matching = MatchingLog(criterion.matcher, position.matches)
+        found = evaluate(model, criterion, postprocess, loader, evaluator, cfg, matching)
+        position.matches = matching.matches if matching else position.matches
+        figures |= {f"{prefix}_{k}": v for k, v in found.items()}
         if rank() > 0:
             continue
         logger.info("%s\n%s", prefix, evaluator.table())
-        if run.cfg.eval_per_class:
+        if cfg.eval_per_class:
             rows = evaluator.per_class().items()
             logger.info("AP by class\n%s", "\n".join(f"  {ap:6.3f}  {n}" for n, ap in rows))
-        if run.cfg.save_results and run.cfg.output_dir:
-            write_results(evaluator, Path(run.cfg.output_dir) / "results.json")
-    return stats
+        if cfg.save_results and cfg.output_dir:
+            write_results(evaluator, Path(cfg.output_dir) / "results.json")
+    return figures
 
 
 def write_results(evaluator: CocoEvaluator, path: Path) -> None:
@@ -155,68 +185,51 @@ def write_results(evaluator: CocoEvaluator, path: Path) -> None:
 
 
 def check_queries(dataset: CocoDetection, cfg: Config) -> None:
-    """Every object of a training image needs a query of its own."""
+    """UserError if a training image has more objects than the model has queries."""
     queries = cfg.num_queries * max(cfg.num_patterns, 1)
     count, name = dataset.most_objects()
     if count > queries:
-        raise UserError(
-            f"num_queries: {name} has {count} objects, the model {queries} queries; "
-            f"--num_queries {count} or more would do"
-        )
+        problem = f"{name} has {count} objects, but the model only {queries} queries"
+        raise UserError(f"num_queries: {problem}; use --num_queries {count} or more")
 
 
 def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
-    """Train from the beginning or from a checkpoint, evaluating after every epoch."""
-    output_dir = by_first(lambda: prepare_output_dir(cfg))
+    """Train from scratch or from a checkpoint, evaluating after every epoch."""
+    output_dir = on_rank0(lambda: prepare_output_dir(cfg))
     with claimed(output_dir), StopRequest() as stop:
-        source = by_first(lambda: find_resume(cfg, training=True))
-        checkpoint = read_checkpoint(source) if source else None
-        train_set = build_dataset(cfg, "train", class_map_of(checkpoint))
-        class_map = train_set.class_map
-        check_queries(train_set, cfg)
-        val_loader = build_loader(build_dataset(cfg, "val", class_map), cfg, train=False)
-        train_loader = build_loader(train_set, cfg, train=True)
-        cfg = dataclasses.replace(cfg, num_classes=class_map.num_classes)
-        if cfg.batch_norm_type.startswith("Frozen") and not (cfg.pretrained_backbone or checkpoint):
-            logger.warning(
-                "FrozenBatchNorm2d without pretrained weights does not normalise; from scratch, "
-                "--batch_norm_type BatchNorm2d learns better"
-            )
-        run = Run(cfg, device, class_map, len(train_loader) // cfg.accumulate)
-        run.begin(checkpoint, source)
-        del checkpoint
-        if output_dir and overwrites(cfg):
-            by_first(lambda: remove_run(output_dir))
-        by_first(lambda: prepare_output_dir(run.cfg, argv))
+        trainer = Trainer(cfg, device, stop)
+        if output_dir and should_overwrite(cfg):
+            on_rank0(lambda: remove_run(output_dir))
+        on_rank0(lambda: prepare_output_dir(trainer.state.cfg, argv))
         if output_dir is None:
-            logger.warning("nothing of this run will be kept: there is no --output_dir")
-        train_epochs(run, train_loader, val_loader, stop)
+            logger.warning("no --output_dir: nothing of this run will be saved")
+        trainer.train_epochs()
 
 
 def evaluate_only(cfg: Config, device: torch.device) -> None:
-    """--eval and --test: no training, only what a checkpoint detects."""
-    source = by_first(lambda: find_resume(cfg))
+    """--eval and --test: evaluate a checkpoint, or write its detections."""
+    source = on_rank0(lambda: find_resume(cfg))
     if not source:
-        raise UserError("resume: --eval and --test need the checkpoint to evaluate, --resume FILE")
+        raise UserError("resume: --eval and --test need a checkpoint, --resume FILE")
     checkpoint = read_checkpoint(source)
-    output_dir = by_first(lambda: prepare_output_dir(cfg))
+    output_dir = on_rank0(lambda: prepare_output_dir(cfg))
     if cfg.test and output_dir is None:
-        raise UserError("output_dir: --test writes its detections there")
-    split = "test" if cfg.test else "val"
-    dataset = build_dataset(cfg, split, class_map_of(checkpoint))
+        raise UserError("output_dir: --test needs it for its detections")
+    dataset = build_dataset(cfg, "test" if cfg.test else "val", class_map_of(checkpoint))
     cfg = dataclasses.replace(cfg, num_classes=dataset.class_map.num_classes)
-    run = Run(cfg, device, dataset.class_map)
-    run.load(checkpoint, source)
-    if cfg.use_ema and run.ema is None:
-        logger.warning("use_ema: %s holds no averaged weights (ema_model)", source)
+    model, criterion, postprocess = build_model(cfg)
+    state = TrainState(cfg, model.to(device), dataset.class_map)
+    state.load(checkpoint, source)
+    if cfg.use_ema and state.ema is None:
+        logger.warning("use_ema: %s contains no averaged weights (ema_model)", source)
     loader = build_loader(dataset, cfg, train=False)
-    if not cfg.test:
-        stats = evaluate_run(run, loader)
-        if output_dir and rank() == 0:
-            (output_dir / "eval.json").write_text(json.dumps(stats, indent=2) + "\n")
-        return
-    evaluator = CocoEvaluator(dataset)
-    evaluate(run, run.model, loader, evaluator, annotated=False)
-    if rank() == 0:
+    if cfg.test:
+        evaluator = CocoEvaluator(dataset)
+        evaluate(model, None, postprocess, loader, evaluator, cfg)
         name = f"detections_test-dev2017_{cfg.modelname}_results.json"
-        write_results(evaluator, output_dir / name)
+        if rank() == 0:
+            write_results(evaluator, output_dir / name)
+    else:
+        figures = evaluate_state(state, criterion, postprocess, loader)
+        if output_dir and rank() == 0:
+            (output_dir / "eval.json").write_text(json.dumps(figures, indent=2) + "\n")

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from models import build_model
 from models.class_map import ClassMap
-from run import Run
+from train_state import TrainState
 from util.checkpoint import read_checkpoint, save_checkpoint
 from util.config import load_config
 
@@ -26,13 +27,14 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5, metavar="N")
     args = parser.parse_args()
     class_map = ClassMap.identity([{"id": i} for i in range(91)], 91)
-    run = Run(load_config(args.config), torch.device("cpu"), class_map)
-    for parameter in run.model.parameters():
+    cfg = load_config(args.config)
+    state = TrainState(cfg, build_model(cfg)[0], class_map)
+    for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    run.optimizer.step()
+    state.optimizer.step()
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         path = Path(directory) / "checkpoint.pth"
-        save = lambda: save_checkpoint(path, run.state_dict(), keep=2)
+        save = lambda: save_checkpoint(path, state.state_dict(), keep=2)
         for name, step in (("save", save), ("read", lambda: read_checkpoint(path))):
             seconds = statistics.median(timeit.repeat(step, repeat=args.repetitions, number=1))
             print(f"{name}: {seconds:.2f} s (median of {args.repetitions})")

@@ -18,9 +18,9 @@ from models.dab_detr import DABDETR
 from models.errors import UserError
 from models.nested_tensor import nested_tensor_from_tensor_list
 from models.registry import MODELS
-from run import Run
 from tests.conftest import SMALL, Pair
 from tests.test_main import read_log
+from train_state import TrainState
 from util.config import Config, parse_command_line
 
 TINY = [
@@ -55,7 +55,7 @@ def run_main(argv: list[str]) -> tuple[int | str, str]:
     """The exit status of `main`, or that there was a traceback, and what it printed to stderr."""
     status, printed = "traceback", io.StringIO()
     # Checkpoints, which other tests are about, would take half of the time.
-    saving = patch.multiple(Run, save=lambda *args: None, copy=lambda *args: None)
+    saving = patch.object(TrainState, "save")
     with redirect_stderr(printed), redirect_stdout(io.StringIO()), saving:
         try:
             status = main(argv)

@@ -18,13 +18,15 @@ from pycocotools.cocoeval import COCOeval
 
 from datasets.loader import EpochBatches
 from datasets.toy import make_toy_coco
-from engine import train_one_epoch
+from engine import train_steps
 from main import main
+from models import build_model
 from models.class_map import ClassMap
+from models.criterion import SetCriterion
 from models.nested_tensor import nested_tensor_from_tensor_list
-from run import Run
 from tests.conftest import SMALL, Pair, children_of, wait_for_first_epoch
 from tests.test_main import assert_same_state, read_log
+from train_state import TrainState
 from util.checkpoint import read_checkpoint
 from util.config import parse_command_line
 from util.distributed import join_processes, leave_processes
@@ -151,34 +153,36 @@ def test_the_first_process_decides_what_all_go_on_from(pair: Pair, data: Path, t
 
 
 def denoising_losses(task: tuple[int, str, str]) -> dict[str, float]:
-    """What `train_one_epoch` logs of one step in two processes of one and of four objects."""
+    """What `train_steps` measures in one step in two processes of one and of four objects."""
     rank, meeting, divisor = task
     join_processes(2, rank, meeting, 5)
     try:
-        training, batches = one_batch_each(divisor)
-        return train_one_epoch(training, [batches[rank]])
+        state, criterion, batches = one_batch_each(divisor)
+        (step,) = train_steps(state, state.model, criterion, [batches[rank]])
+        return step.stats
     finally:
         leave_processes()
 
 
-def one_batch_each(divisor: str) -> tuple[Run, list]:
-    """A run and, for each of two processes, a batch of one image."""
+def one_batch_each(divisor: str) -> tuple[TrainState, SetCriterion, list]:
+    """A model in its state, its criterion and, for each of two processes, a batch of one image."""
     more = ["--dn_num_boxes", divisor, "--num_classes", "3", "--lr", "0", "--lr_backbone", "0"]
     cfg = parse_command_line([*SMALL, *PLAIN, *more, "--optimizer", "adamw"])
     torch.manual_seed(1)
-    training = Run(cfg, torch.device("cpu"), ClassMap.identity([{"id": 0}], 3))
+    model, criterion, _ = build_model(cfg)
+    state = TrainState(cfg, model, ClassMap.identity([{"id": 0}], 3))
     batches = []
     for count in (1, 4):
         target = {"labels": torch.arange(count) % 3, "boxes": 0.2 + 0.3 * torch.rand(count, 4)}
         batches.append((nested_tensor_from_tensor_list([torch.randn(3, 64, 64)]), [target]))
-    return training, batches
+    return state, criterion, batches
 
 
 @pytest.mark.parametrize("divisor", ["process", "mean"])
 def test_what_denoising_losses_are_divided_by(divisor: str, pair: Pair, tmp_path: Path):
     """DN-DETR's: each process's by its own objects; DINO's: by their mean over the processes."""
-    training, batches = one_batch_each(divisor)
-    model, criterion = training.model.train(), training.criterion.train()
+    state, criterion, batches = one_batch_each(divisor)
+    model = state.model.train()
     alone = [criterion(model(images, targets), targets) for images, targets in batches]
     meeting = f"file://{tmp_path}/meet"
     logged = pair.call(denoising_losses, (0, meeting, divisor), (1, meeting, divisor))
@@ -235,7 +239,7 @@ def test_signal_saves_and_the_run_goes_on(pair: Pair, data: Path, tmp_path: Path
         process.send_signal(signal.SIGTERM)
         printed = process.communicate(timeout=300)[0]
     assert process.returncode != 0
-    assert "stopped by SIGTERM; --resume auto goes on" in printed
+    assert "stopped by SIGTERM; --resume auto continues" in printed
     state = read_checkpoint(tmp_path / "stopped" / "checkpoint.pth")
     assert state["epoch"] < 2
     run_both(pair, stopped, tmp_path)

@@ -13,10 +13,11 @@ import torch
 
 from datasets.toy import CATEGORIES
 from main import main as evaluate
+from models import build_model
 from models.class_map import ClassMap
 from models.registry import MODELS
-from run import Run
 from tools.export_checkpoint import main
+from train_state import TrainState
 from util.checkpoint import load_weights, read_checkpoint
 from util.config import SELECTION_SWITCHES, load_config, parse_command_line
 
@@ -34,19 +35,19 @@ SWITCHES = {  # two_stage, two_stage_type, use_mqs, embed_init_tgt
 }
 
 
-def make_run(small: list[str], model: str, *options: str, seed: int = 0) -> Run:
-    """A run of main.py after epoch 3, with random weights, and others in its average."""
+def make_state(small: list[str], model: str, *options: str, seed: int = 0) -> TrainState:
+    """As of main.py after epoch 3, with random weights, and others in its average."""
     torch.manual_seed(seed)
     cfg = parse_command_line(["-m", model, *sizes(small), "--num_classes", "6", *options])
     class_map = ClassMap.from_categories([{"id": i, "name": n} for i, n in CATEGORIES.items()])
-    run = Run(cfg, torch.device("cpu"), class_map)
-    run.epoch = 3
+    state = TrainState(cfg, build_model(cfg)[0], class_map)
+    state.position.epoch = 3
     if cfg.use_ema:
-        run.begin_average()
-    for module in (run.model, run.ema.module) if run.ema else (run.model,):
+        state.begin_average()
+    for module in (state.model, state.ema.module) if state.ema else (state.model,):
         for weight in module.parameters():
             weight.data += 0.05 * torch.randn_like(weight)
-    return run
+    return state
 
 
 def sizes(small: list[str]) -> list[str]:
@@ -67,17 +68,17 @@ def paths(tmp_path: Path) -> tuple[str, str]:
 @pytest.mark.parametrize("model", MODELS)
 def test_there_and_back(model: str, small: list[str], paths: tuple[str, str]):
     """The same outputs and, by the published command lines, the same figures and detections."""
-    run, again = (make_run(small, model, seed=seed) for seed in (0, 1))
-    run.save(Path(paths[0]))
+    state, again = (make_state(small, model, seed=seed) for seed in (0, 1))
+    state.save(Path(paths[0]))
     assert main(["--resume", paths[0], "--output", paths[1]]) == 0
     released = read_checkpoint(paths[1])
     assert set(released) == {"model", "epoch", "args", "class_map"}
     assert released["epoch"] == 3
-    assert released["class_map"] == run.class_map.state_dict()
+    assert released["class_map"] == state.class_map.state_dict()
     assert type(released["args"]) is Namespace
     images = [torch.randn(3, 64, 48), torch.randn(3, 48, 64)]
     with torch.no_grad():
-        wanted, other = run.model.eval()(images), again.model.eval()(images)
+        wanted, other = state.model.eval()(images), again.model.eval()(images)
         load_weights(again.model, released)
         found = again.model(images)
     for key in ("pred_logits", "pred_boxes"):
@@ -99,8 +100,8 @@ def test_there_and_back(model: str, small: list[str], paths: tuple[str, str]):
 @pytest.mark.parametrize(("selection", "switches"), SWITCHES.items())
 def test_args_in_released_spelling(selection, switches, small: list[str], paths: tuple[str, str]):
     noise = ["--dn_number", "7", "--dn_label_noise_ratio", "0.25", "--dn_box_noise_scale", "0.75"]
-    run = make_run(small, "dino", "--query_selection", selection, *noise)
-    run.save(Path(paths[0]))
+    state = make_state(small, "dino", "--query_selection", selection, *noise)
+    state.save(Path(paths[0]))
     assert main(["--resume", paths[0], "--output", paths[1]]) == 0
     args = vars(read_checkpoint(paths[1])["args"])
     spelt = {"scalar": 7, "dn_scalar": 7, "label_noise_scale": 0.25, "box_noise_scale": 0.75}
@@ -110,12 +111,12 @@ def test_args_in_released_spelling(selection, switches, small: list[str], paths:
     # The released spellings alone say what today's do.
     today = ("dn_number", "dn_label_noise_ratio", "dn_box_noise_scale", "look_forward_twice")
     rest = {k: v for k, v in args.items() if k not in (*today, "query_selection")}
-    run.cfg.dn_labelbook_size = 6
-    assert load_config(overrides=rest) == load_config(overrides=args) == run.cfg
+    state.cfg.dn_labelbook_size = 6
+    assert load_config(overrides=rest) == load_config(overrides=args) == state.cfg
 
 
 def test_as_a_script_from_anywhere(small: list[str], paths: tuple[str, str], tmp_path: Path):
-    make_run(small, "dn_dab_detr", "--use_ema").save(Path(paths[0]))
+    make_state(small, "dn_dab_detr", "--use_ema").save(Path(paths[0]))
     ours = read_checkpoint(paths[0])
     for cwd, entry, ema in ((ROOT, "model", []), (tmp_path, "ema_model", ["--ema"])):
         names = (ROOT / "tools" / "export_checkpoint.py", *paths)
@@ -131,7 +132,7 @@ def test_as_a_script_from_anywhere(small: list[str], paths: tuple[str, str], tmp
 
 def test_mistakes(small: list[str], paths: tuple[str, str], tmp_path: Path, capsys):
     """One line, exit status 2, and the checkpoint stays as it is."""
-    make_run(small, "dn_dab_detr").save(Path(paths[0]))
+    make_state(small, "dn_dab_detr").save(Path(paths[0]))
     assert main(["--resume", paths[0], "--output", paths[1]]) == 0
     before, new, link = Path(paths[0]).read_bytes(), tmp_path / "new.pth", tmp_path / "link.pth"
     link.symlink_to(paths[0])

@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader, RandomSampler
 from datasets.coco import build_dataset, collate
 from datasets.coco_eval import CocoEvaluator
 from datasets.toy import make_toy_coco
-from engine import evaluate, train_one_epoch
-from run import Run
+from engine import evaluate, train_steps
+from models import build_model
+from train_state import TrainState
 from util.config import load_config
-from util.logging import Averages
 
 ROUNDS, STEPS = 8, 100
 
@@ -31,12 +31,14 @@ def test_overfits_eight_images(tmp_path: Path):
     sampler = RandomSampler(dataset, replacement=True, num_samples=STEPS * cfg.batch_size)
     train_loader = DataLoader(dataset, cfg.batch_size, sampler=sampler, collate_fn=collate)
     test_loader = DataLoader(dataset, cfg.batch_size, collate_fn=collate)
-    run = Run(cfg, torch.device("cpu"), dataset.class_map, STEPS)
+    model, criterion, postprocess = build_model(cfg)
+    state = TrainState(cfg, model, dataset.class_map, STEPS)
     for epoch in range(ROUNDS):
-        stats = train_one_epoch(run, train_loader)
-        run.epoch, run.step, run.averages = epoch, 0, Averages()
-        ap50 = evaluate(run, run.model, test_loader, CocoEvaluator(dataset))["coco_eval_bbox"][1]
-        print(f"after {STEPS * (epoch + 1)} steps: loss {stats['loss']:.2f}, AP50 {ap50:.3f}")
+        *_, last = train_steps(state, model, criterion, train_loader)
+        evaluator = CocoEvaluator(dataset)
+        figures = evaluate(model, criterion, postprocess, test_loader, evaluator, cfg)
+        ap50, loss = figures["coco_eval_bbox"][1], last.stats["loss"]
+        print(f"after {STEPS * (epoch + 1)} steps: loss {loss:.2f}, AP50 {ap50:.3f}")
         if ap50 >= 0.9:
             return
     pytest.fail(f"AP50 {ap50:.3f} after {ROUNDS * STEPS} steps")

@@ -96,7 +96,7 @@ def test_matching_is_logged_and_goes_on_after_a_stop(toy: Path, tmp_path: Path):
 def test_one_cycle_cannot_be_prolonged(small: list[str], capsys: pytest.CaptureFixture):
     assert main([*small, "--onecyclelr"]) == 0
     assert main([*small, "--onecyclelr", "--resume", "auto", "--epochs", "2"]) == 2
-    assert "go on with its own onecyclelr, epochs, batch_size" in capsys.readouterr().err
+    assert "resume with its own onecyclelr, epochs, batch_size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -447,7 +447,7 @@ def test_other_training_settings(small: list[str], trained: Path, capsys):
 
 def test_processes_without_a_meeting_place(small: list[str], capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    fails_with(capsys, small, "world_size: process 0 of 8 does not find the others", "torchrun")
+    fails_with(capsys, small, "world_size: process 0 of 8 cannot connect to the others", "torchrun")
 
 
 def test_backbone_weights_from_a_file(small: list[str], tmp_path: Path, capsys):

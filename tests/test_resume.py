@@ -30,11 +30,11 @@ def test_a_directory_that_holds_a_run_goes_on(plain: list[str], tmp_path: Path, 
     out, other = tmp_path / "out", tmp_path / "other"
     assert main([*plain, "--epochs", "2", "--output_dir", str(other)]) == 0
     assert main(plain) == 0
-    assert "holds a run" not in capsys.readouterr().out
+    assert "contains a run" not in capsys.readouterr().out
     assert main([*plain, "--epochs", "2", "--resume", str(other / "checkpoint.pth")]) == 0
     printed = capsys.readouterr().out
-    assert f"{out} holds a run; resuming it after epoch 0, not {other}" in printed
-    assert "--overwrite starts anew" in printed
+    assert f"{out} contains a run; resuming it after epoch 0 instead of {other}" in printed
+    assert "--overwrite starts over" in printed
     assert [line["epoch"] for line in read_log(out)] == [0, 1]
     ends = [read_checkpoint(directory / "checkpoint.pth") for directory in (out, other)]
     for state in ends:
@@ -42,7 +42,7 @@ def test_a_directory_that_holds_a_run_goes_on(plain: list[str], tmp_path: Path, 
     assert_same_state(*ends)
     # Another of its own checkpoints may be named.
     assert main([*plain, "--epochs", "2", "--resume", str(out / "checkpoint0000.pth")]) == 0
-    assert "holds a run" not in capsys.readouterr().out
+    assert "contains a run" not in capsys.readouterr().out
     assert [line["epoch"] for line in read_log(out)] == [0, 1]
 
 
@@ -93,8 +93,8 @@ def test_a_released_checkpoint_goes_on_at_its_epoch_s_rate(
     torch.save(released | {"args": argparse.Namespace(lr=1e-4)}, path)
     more = ["--resume", str(path), "--epochs", "46", "--lr_drop", "40"]
     assert main([*plain, *more]) == 0
-    how = "the optimiser state of" if keeps_optimizer else "a new optimiser, no state fits in"
-    assert f"resume: epoch 45 is next, with {how} {path}" in capsys.readouterr().out
+    how = "the optimiser state of" if keeps_optimizer else "a new optimiser, as no state fits in"
+    assert f"resume: next is epoch 45, with {how} {path}" in capsys.readouterr().out
     assert [line["epoch"] for line in read_log(tmp_path / "out")] == [45]
     assert rates(tmp_path / "out") == pytest.approx([1e-4])
     ended = read_checkpoint(tmp_path / "out" / "checkpoint.pth")["optimizer"]
@@ -110,17 +110,18 @@ def test_other_rates_take_no_effect_and_that_is_said(plain: list[str], tmp_path:
     others = ["--lr", "5e-3", "--weight_decay", "0.5", "--lr_drop", "1"]
     assert main([*start, "--epochs", "2", *others]) == 0
     assert (
-        "resume: lr 0.001, weight_decay 0.0001, lr_drop 2 of the checkpoint stay; lr 0.005, "
-        "weight_decay 0.5, lr_drop 1 take no effect without --override_resumed_lr_drop"
+        "resume: keeping lr 0.001, weight_decay 0.0001, lr_drop 2 from the checkpoint; ignoring lr "
+        "0.005, weight_decay 0.5, lr_drop 1 (--override_resumed_lr_drop changes the drops)"
     ) in capsys.readouterr().out
     assert rates(out) == pytest.approx([1e-3, 1e-3])
     # What stays is in the files, and so is said again.
     assert json.loads((out / "config.json").read_text())["lr_drop"] == 2
     assert main([*start, "--epochs", "3", "--lr", "5e-3"]) == 0
-    assert "resume: lr 0.001 of the checkpoint stay; lr 0.005 take" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "resume: keeping lr 0.001 from the checkpoint; ignoring lr 0.005\n" in printed
     assert rates(out) == pytest.approx([1e-3, 1e-3, 1e-4])
     assert main([*start, "--epochs", "4"]) == 0
-    assert "of the checkpoint" not in capsys.readouterr().out
+    assert "from the checkpoint" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_a_resumed_schedule_can_be_changed(
     assert main([*plain, "--lr_drop", "10"]) == 0
     for epochs in range(2, len(expected) + 1):
         assert main([*plain, "--lr_drop", "10", *options, "--epochs", str(epochs)]) == 0
-    assert "of the checkpoint" not in capsys.readouterr().out
+    assert "from the checkpoint" not in capsys.readouterr().out
     assert rates(tmp_path / "out") == pytest.approx(expected)
 
 

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import uuid
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict:
     return weights.read_checkpoint(local_file(path), verify)
 
 
-def copy_checkpoint(path: Path, target: Path) -> None:
+def _copy(path: Path, target: Path) -> None:
     """Make the file available under a second name: by a hard link, which costs nothing, or by a
     copy if the file system has no hard links. UserError if neither works."""
     temporary = target.with_name(f".{target.name}.tmp")
@@ -63,13 +64,16 @@ def _keep_previous(path: Path, number: int) -> None:
         if newer.exists():
             os.replace(newer, older)
     if names and path.exists():
-        copy_checkpoint(path, names[0])
+        _copy(path, names[0])
 
 
-def save_checkpoint(path: str | os.PathLike, state: dict, keep: int = 1) -> None:
+def save_checkpoint(
+    path: str | os.PathLike, state: dict, keep: int = 1, copies: Sequence[str] = ()
+) -> None:
     """Write `state` to `path` so that a crash at any moment leaves either the old or the new file.
 
     keep: the number of files kept; older ones become `checkpoint_previous_1.pth` and so on.
+    copies: further names of the new file, in the same directory.
     UserError for file-system errors (disk full, directory gone, no permission); TypeError if
     `state` contains types that `read_checkpoint` refuses (a numpy scalar, a Path, ...), so that
     this fails at the first save, not at the resume. Either error leaves the old file intact.
@@ -100,6 +104,8 @@ def save_checkpoint(path: str | os.PathLike, state: dict, keep: int = 1) -> None
             os.fsync(directory)
         finally:
             os.close(directory)
+    for name in copies:
+        _copy(path, path.with_name(name))
 
 
 def latest_checkpoint(output_dir: str | os.PathLike) -> tuple[Path, dict] | None:

@@ -1,4 +1,4 @@
-"""Processes that train together: how they find each other, what they exchange, their seeds."""
+"""Processes that train together: how they connect, what they exchange, their seeds."""
 
 import os
 import random
@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 def join_processes(world_size: int, rank: int, dist_url: str, timeout_minutes: float) -> int:
-    """Join the other processes of the run, if there are any; returns this one's local rank.
+    """Connect to the other processes of the run, if there are any; returns the local rank.
 
-    torchrun and run_with_submitit.py tell the numbers by RANK, LOCAL_RANK and WORLD_SIZE, which go
-    before the arguments. GPU tensors are exchanged by NCCL, others by Gloo; one that hangs or dies
-    ends the others after `timeout_minutes`. UserError where the processes do not find each other.
+    RANK, LOCAL_RANK and WORLD_SIZE, which torchrun and run_with_submitit.py set, take precedence
+    over the arguments. GPU tensors are exchanged with NCCL, others with Gloo; if a process hangs or
+    dies, the others stop after `timeout_minutes`. UserError if the processes cannot connect.
     """
     rank = int(os.environ.get("RANK", rank))
     world_size = int(os.environ.get("WORLD_SIZE", world_size))
@@ -40,8 +40,8 @@ def join_processes(world_size: int, rank: int, dist_url: str, timeout_minutes: f
     except (ValueError, RuntimeError) as e:  # torch's own errors are RuntimeErrors
         reason = str(e).splitlines()[0]
         raise UserError(
-            f"world_size: process {rank} of {world_size} does not find the others through "
-            f"{dist_url}: {reason}; start them with torchrun, or name a --dist_url that all reach"
+            f"world_size: process {rank} of {world_size} cannot connect to the others through "
+            f"{dist_url}: {reason}; use torchrun, or a --dist_url that all processes can reach"
         ) from e
     return local_rank
 
@@ -60,14 +60,14 @@ def world_size() -> int:
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of all processes' tensors of one shape, the same bits in every process."""
+    """The sum of a tensor over all processes, in place and bit-identical in all of them."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather(value: Any) -> list:
-    """Every process's `value`, which has to be picklable, in the order of their ranks."""
+    """The picklable `value` of every process, in the order of their ranks."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
@@ -75,8 +75,8 @@ def gather(value: Any) -> list:
     return values
 
 
-def gather_to_first(value: Any) -> list | None:
-    """As `gather`, but in the first process alone; the others get None."""
+def gather_to_rank0(value: Any) -> list | None:
+    """As `gather`, but only on rank 0; the others get None."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size() if rank() == 0 else None
@@ -84,15 +84,15 @@ def gather_to_first(value: Any) -> list | None:
     return values
 
 
-def take_from_first(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors with those of the first process."""
+def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with those of rank 0."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
 
-def by_first(function: Callable[[], T]) -> T:
-    """What `function` gives in the first process, in all of them, and so with its UserError."""
+def on_rank0(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 only; all processes return its result or raise its UserError."""
     outcome: list = [None, None]
     if rank() == 0:
         try:
@@ -107,19 +107,19 @@ def by_first(function: Callable[[], T]) -> T:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The named device, or without a name this process's GPU where there is one, else the CPU.
+    """The named device, or without a name this process's GPU if there is one, else the CPU.
 
     UserError if it cannot be used.
     """
     if not name and not torch.cuda.is_available():
         return torch.device("cpu")
     if name in ("", "cuda"):
-        name = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"  # Slurm may show one each
+        name = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"  # Slurm may show only one
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device: {name} cannot be used here: {str(e).splitlines()[0]}") from e
+        raise UserError(f"device: {name} cannot be used: {str(e).splitlines()[0]}") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

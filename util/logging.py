@@ -1,4 +1,4 @@
-"""What a run says and leaves to read: progress, averages, log.txt and TensorBoard files."""
+"""What a run reports: progress, averages, log.txt and TensorBoard files."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def setup_logging() -> None:
-    """Messages go to stdout, above the progress bar where there is one."""
+    """Send messages to stdout, above the progress bar if there is one."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -33,10 +33,10 @@ def setup_logging() -> None:
 
 
 class Averages:
-    """Means over an epoch, each value weighted by the number of images it speaks for."""
+    """Means over an epoch, each value weighted by the number of images it covers."""
 
-    def __init__(self):
-        self.sums, self.weights = Counter(), Counter()  # by name
+    def __init__(self, sums: Mapping[str, float] = {}, weights: Mapping[str, float] = {}):
+        self.sums, self.weights = Counter(sums), Counter(weights)  # by name
 
     def update(self, values: dict[str, float], weight: float = 1.0) -> None:
         self.sums.update({name: weight * value for name, value in values.items()})
@@ -46,7 +46,7 @@ class Averages:
         return {"sums": dict(self.sums), "weights": dict(self.weights)}
 
     def join(self, parts: Sequence[dict[str, dict[str, float]]]) -> None:
-        """Take over what the `state_dict`s of several averages hold together."""
+        """Replace the contents by the `state_dict`s of several averages, merged."""
         self.sums, self.weights = Counter(), Counter()
         for part in parts:
             self.sums.update(part["sums"])
@@ -56,15 +56,15 @@ class Averages:
         return {name: total / self.weights[name] for name, total in self.sums.items()}
 
 
-class Progress:
-    """Goes through a loader: a bar on a terminal, elsewhere a line every `interval` seconds.
+class ProgressBar:
+    """Iterates over `total` items: a bar on a terminal, elsewhere a line every `interval` seconds.
 
-    Whoever loops counts the `images` and sets the `note`, which is shown with images a second, time
-    left and peak memory.
+    The caller counts `images` and sets `note`, which is shown with images per second, time left and
+    peak memory.
     """
 
-    def __init__(self, loader: Iterable, title: str, total: int, interval: float = 20.0):
-        self.loader, self.title, self.total, self.interval = loader, title, total, interval
+    def __init__(self, items: Iterable, title: str, total: int, interval: float = 20.0):
+        self.items, self.title, self.total, self.interval = items, title, total, interval
         self.note = ""
         self.images = 0
         self.start = time.perf_counter()
@@ -74,8 +74,8 @@ class Progress:
         if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
             bar = tqdm(total=self.total, desc=self.title, leave=False, dynamic_ncols=True)
         shown = self.start
-        for done, batch in enumerate(self.loader, 1):
-            yield batch
+        for done, item in enumerate(self.items, 1):
+            yield item
             if bar:
                 bar.set_postfix_str(f"{self.note}  {self.images_per_second:.1f} images/s")
                 bar.update()
@@ -97,16 +97,16 @@ class Progress:
 
 
 def peak_memory_mb() -> float:
-    """Most memory held so far: the GPU's, where there is one, else this process's, in MB."""
+    """Peak memory in MB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 class RunLog:
-    """log.txt, one JSON line an epoch under the released keys, and the same for TensorBoard.
+    """Writes log.txt, one JSON line per epoch with the released keys, and the same to TensorBoard.
 
-    Lines of a run before that are of `first_epoch` or later are taken out: they are done again.
+    Lines from `first_epoch` on, left by an earlier process, are removed: these epochs are redone.
     """
 
     def __init__(self, output_dir: str | Path, first_epoch: int = 0):
@@ -121,7 +121,7 @@ class RunLog:
         self.writer = SummaryWriter(str(output_dir), purge_step=first_epoch)
 
     def write(self, stats: dict) -> None:
-        """UserError where the file system refuses."""
+        """UserError if the file cannot be written."""
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(stats) + "\n")
@@ -140,7 +140,7 @@ class RunLog:
 
 
 def is_before(line: str, epoch: int) -> bool:
-    """Whether a line of log.txt is whole and of an epoch before this one."""
+    """Whether a line of log.txt is complete and of an earlier epoch."""
     try:
         return line.endswith("\n") and json.loads(line)["epoch"] < epoch
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it does so after the step at hand, when its state is saved."""
+"""Signals that ask a run to stop: it saves its state after the current step and exits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and its state is saved. `signum`: by which signal, 0 if another
-    process got it."""
+    """The run was asked to stop and has saved its state. `signum`: the signal, or 0 if another
+    process received it."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name if signum else "a signal to another process")
@@ -20,10 +20,10 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """While this context is open, a stop signal is only noted, in `signum`.
+    """While this context is open, a stop signal is only recorded, in `signum`.
 
-    When it has stopped the run, it is passed on to whom it went before: under submitit, that
-    requeues the job.
+    Once it has stopped the run, it is passed on to the previous handler: submitit's requeues the
+    job.
     """
 
     def __enter__(self) -> StopRequest:
@@ -49,7 +49,7 @@ class StopRequest:
 
     @contextmanager
     def obeyed_at_once(self) -> Iterator[None]:
-        """In this context, where nothing would be lost, a signal ends the run right away."""
+        """In this context, where no work would be lost, a signal stops the run immediately."""
         self.at_once = True
         try:
             if self.signum:
