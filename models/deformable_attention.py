@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 if find_spec(f"{__package__}.ops"):
-    from .ops import MSDeformAttn  # pyright: ignore[reportMissingImports]
+    from .ops import MSDeformAttn
 else:
     from ops import MSDeformAttn
 

@@ -1,7 +1,8 @@
 """Finds, loads and calls the compiled backends.
 
 The libraries contain plain C functions that do not depend on torch, so one build works with every
-version of it. `ops/setup.py` builds them, here or in the installed package `ms_deform_attn`.
+version of it. `ops/setup.py` builds them, here or in the installed package `ms_deform_attn`; the
+root `setup.py` builds them into `dn_dino.ops`, which is this folder in the package `dn_dino`.
 """
 
 import ctypes
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 BUILD_COMMAND = "make op (or: pip install ./ops)"
+if __package__ == "dn_dino.ops":
+    BUILD_COMMAND = "pip install --force-reinstall --no-deps, with c++ or nvcc available"
 _ABI = 1  # version of the C interface; libraries with another are outdated
 TYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _LIBRARIES = {"cpp": "ms_deform_attn_cpu", "cuda": "ms_deform_attn_cuda"}
@@ -39,11 +42,10 @@ def load(backend: str) -> ctypes.CDLL:
     if abi != _ABI:
         raise Unavailable(f"{path} has the wrong version; rebuild: {BUILD_COMMAND}")
     # cpp: is_double, threads; cuda: type of value, type of the others, device, stream.
-    options = [ctypes.c_int, ctypes.c_int64]
+    options: list[type] = [ctypes.c_int, ctypes.c_int64]
     if backend == "cuda":
         options = [*[ctypes.c_int] * 3, ctypes.c_void_p]
-        library.error = library.ms_deform_attn_cuda_error
-        library.error.restype = ctypes.c_char_p
+        library.ms_deform_attn_cuda_error.restype = ctypes.c_char_p
     for direction, tensors in (("forward", 6), ("backward", 9)):
         function = getattr(library, f"{name}_{direction}")
         function.argtypes = options + [ctypes.c_void_p] * tensors + [ctypes.c_int64] * 7
@@ -66,7 +68,7 @@ def forward(backend: str, *inputs: Tensor) -> Tensor:
     return output.to(inputs[0].dtype)
 
 
-def backward(backend: str, grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(backend: str, grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     """The gradients of value, sampling locations and attention weights, in their dtypes."""
     value, shapes, _, locations, weights = prepared = _prepare(backend, *inputs)
     # CUDA accumulates the gradient of value in full precision; C++ overwrites each level's rows.
@@ -100,6 +102,7 @@ def _call(backend: str, direction: str, *tensors: Tensor) -> None:
     library = load(backend)
     value, _, _, locations, *_ = tensors
     sizes = *value.shape, locations.shape[1], *locations.shape[3:5]  # B, S, M, D, Q, L, P
+    options: tuple[int, ...]
     if backend == "cpp":
         options = value.dtype == torch.float64, torch.get_num_threads()
     else:
@@ -107,5 +110,8 @@ def _call(backend: str, direction: str, *tensors: Tensor) -> None:
         options = TYPE_CODES[value.dtype], TYPE_CODES[locations.dtype], value.device.index, stream
     pointers = (tensor.data_ptr() for tensor in tensors)
     if code := getattr(library, direction)(*options, *pointers, *sizes):
-        reason = _CPU_ERRORS[code] if backend == "cpp" else library.error(code).decode()
+        if backend == "cpp":
+            reason = _CPU_ERRORS[code]
+        else:
+            reason = library.ms_deform_attn_cuda_error(code).decode()
         raise RuntimeError(f"ms_deform_attn, {direction} of {backend}: {reason}")

@@ -7,6 +7,7 @@
 The libraries have a plain C interface for `ctypes`: building them takes a C++ compiler, and nvcc
 for CUDA, but not torch. Its version is only read to detect an incompatible CUDA toolkit early.
 MS_DEFORM_ATTN_CPU_ONLY=1 disables CUDA; TORCH_CUDA_ARCH_LIST selects the GPUs to compile for.
+The root `setup.py` imports `Build` and `extensions` from here.
 """
 
 import importlib.util
@@ -34,8 +35,8 @@ USUAL_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 class Build(build_ext):
     """Compiles each library with one command; without CUDA, only the CPU library."""
 
-    def get_ext_filename(self, name: str) -> str:
-        return os.path.join(*name.split(".")) + ".so"
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extensions(self) -> None:
         cpu, *cuda = self.extensions
@@ -52,12 +53,19 @@ class Build(build_ext):
     def compile(self, command: list[str], extension: Extension) -> None:
         output = Path(self.get_ext_fullpath(extension.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        if subprocess.run([*command, *extension.sources, "-o", str(output)]).returncode:
-            raise CompileError(
-                f"{command[0]} failed; see its messages above. With nvcc the usual reason is a host"
-                " compiler that is too new for the toolkit: install an older one and select it, for"
-                " example with NVCC_PREPEND_FLAGS='-ccbin g++-12'."
-            )
+        try:
+            status = subprocess.run([*command, *extension.sources, "-o", str(output)]).returncode
+        except OSError as error:
+            raise CompileError(f"Cannot run {command[0]}: {error.strerror}.") from error
+        if status:
+            problem = f"{command[0]} failed; see its messages above."
+            if extension.sources[0].endswith(".cu"):
+                problem += (
+                    " With nvcc the usual reason is a host compiler that is too new for the"
+                    " toolkit: install an older one and select it, for example with"
+                    " NVCC_PREPEND_FLAGS='-ccbin g++-12'."
+                )
+            raise CompileError(problem)
 
 
 def find_nvcc() -> str:
@@ -70,7 +78,9 @@ def find_nvcc() -> str:
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if nvcc is None:
         raise CompileError("No CUDA toolkit (nvcc) found; CUDA_HOME can point to one.")
-    toolkit = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))[1]
+    if (release := re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))) is None:
+        raise CompileError(f"{nvcc} --version does not report a release.")
+    toolkit = release[1]
     torch, cuda = torch_versions()
     if torch and not cuda:
         raise CompileError(f"torch {torch} is CPU-only; install a CUDA build to use a GPU.")
@@ -93,7 +103,7 @@ def torch_versions() -> tuple[str | None, str | None]:
     """
     paths = [*map(sysconfig.get_path, ("purelib", "platlib")), site.getusersitepackages()]
     spec = importlib.util.find_spec("torch") or PathFinder.find_spec("torch", paths)
-    if spec is None:
+    if spec is None or spec.origin is None:
         return None, None
     found = runpy.run_path(os.path.join(os.path.dirname(spec.origin), "version.py"))
     return found["__version__"], found.get("cuda")
@@ -130,18 +140,24 @@ def output_of(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
-os.chdir(Path(__file__).parent)
-sources = ["src/ms_deform_attn_cpu.cpp", "src/ms_deform_attn_cuda.cu"]
-if os.environ.get("MS_DEFORM_ATTN_CPU_ONLY"):
-    sources.pop()
-setup(
-    name="ms_deform_attn",
-    version="1.0",
-    description="Multi-scale deformable attention for PyTorch: reference, C++ and CUDA",
-    packages=["ms_deform_attn"],
-    package_dir={"ms_deform_attn": "."},
-    ext_modules=[Extension(f"ms_deform_attn.lib{Path(s).stem}", [s]) for s in sources],
-    cmdclass={"build_ext": Build},
-    install_requires=["torch>=2.6"],
-    python_requires=">=3.10",
-)
+def extensions(package: str, folder: str = "src") -> list[Extension]:
+    """The CPU's library and CUDA's, as members of `package`; their sources are in `folder`."""
+    sources = ["ms_deform_attn_cpu.cpp", "ms_deform_attn_cuda.cu"]
+    if os.environ.get("MS_DEFORM_ATTN_CPU_ONLY"):
+        sources.pop()
+    return [Extension(f"{package}.lib{Path(s).stem}", [f"{folder}/{s}"]) for s in sources]
+
+
+if __name__ == "__main__":
+    os.chdir(Path(__file__).parent)
+    setup(
+        name="ms_deform_attn",
+        version="1.0",
+        description="Multi-scale deformable attention for PyTorch: reference, C++ and CUDA",
+        packages=["ms_deform_attn"],
+        package_dir={"ms_deform_attn": "."},
+        ext_modules=extensions("ms_deform_attn"),
+        cmdclass={"build_ext": Build},
+        install_requires=["torch>=2.6"],
+        python_requires=">=3.10",
+    )
