@@ -2,9 +2,11 @@
 # make test    install, run every test
 # make zoo     train a small model of every kind, and print what they reach: under two hours
 # make op      compile deformable attention, for the CPU and for CUDA where its toolkit is
-# make lint    check formatting and style
+# make lint    check formatting, style and types
+# make docs    build the documentation into site/
 #
-# Each makes the virtual environment .venv when there is none and reuses it when there is.
+# Each creates the virtual environment .venv if necessary and reuses it; make docs uses .venv-docs,
+# which needs no torch.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +16,7 @@ DATA := outputs/toy_coco
 OUT := outputs/demo
 CPU_OP := ops/libms_deform_attn_cpu.so
 
-.PHONY: demo zoo test op lint clean
+.PHONY: demo zoo test op lint docs clean
 
 $(VENV)/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -52,6 +54,16 @@ test: $(VENV)/.installed-dev $(CPU_OP)
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Reads signatures and docstrings from the sources; nothing is imported.
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+
+$(VENV)-docs/.installed: requirements-docs.txt
+	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
 
 clean:
-	rm -rf $(VENV) outputs ops/build ops/*.so
+	rm -rf $(VENV) $(VENV)-docs site outputs build ops/build *.egg-info ops/*.egg-info ops/*.so
