@@ -53,7 +53,8 @@ class Assignment:
     @cached_property
     def predicted_boxes(self) -> Tensor:
         """(L, N, 4) float32, the predictions of `boxes`."""
-        return self.pred_boxes[(layers_of(self.pred_boxes), *self.to_box)].float()
+        index = layers_of(self.pred_boxes), *self.to_box
+        return self.pred_boxes[index].float()
 
 
 @dataclass

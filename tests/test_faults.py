@@ -13,9 +13,9 @@ import pytest
 
 from datasets.toy import make_toy_coco
 from main import main
+from tests import kill_runs
 from tests.conftest import SMALL, children_of, wait_for_first_epoch
 from tests.test_main import read_log
-from tools import fault_test
 from util.checkpoint import read_checkpoint
 
 PLAIN = ["--onecyclelr", "FALSE", "--resume", "auto"]
@@ -27,8 +27,8 @@ def arguments(toy: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_at_random_moments(processes: int, tmp_path: Path):
-    """tools/fault_test.py does the same more often."""
-    assert fault_test.test(2, processes, tmp_path, random.Random(1)) == []
+    """`python -m tests.kill_runs` does the same more often."""
+    assert kill_runs.test(2, processes, tmp_path, random.Random(1)) == []
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_damaged_checkpoints_are_passed_over(toy: Path, tmp_path: Path, capsys):
         if "skipping" not in capsys.readouterr().out:  # a bit that nothing depends on
             assert number >= 10
         elif last:
-            assert fault_test.compare(whole, out) == []
+            assert kill_runs.compare(whole, out) == []
     assert [line["epoch"] for line in read_log(out)] == [0, 1]
 
 

@@ -1,6 +1,6 @@
 """Repeatedly kills a training run at random moments, resumes it, and checks the result:
 
-    python tools/fault_test.py --kills 20 --processes 1 2
+    python -m tests.kill_runs --kills 20 --processes 1 2
 
 trains a small model on a toy data set once without interruption and once with `kill -9` and
 `--resume auto`. Weights, EMA, optimiser and RNG states must be bit-identical, and log.txt must have
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from datasets.toy import make_toy_coco
 from util.checkpoint import latest_checkpoint
 
@@ -108,7 +107,7 @@ def test(kills: int, processes: int, directory: Path, generator: random.Random) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("fault_test.py", description="Kill and resume a run.")
+    parser = argparse.ArgumentParser("kill_runs", description="Kill and resume a run.")
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="number of kills (20)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
