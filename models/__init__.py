@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for: a part, such as `models.errors`, does not need the rest."""
+    """Imports on first use, so that `models.errors`, for example, does not import all the rest."""
     if name in __all__:
         for module in ("dn_components", "build", "predictor"):
             if hasattr(part := import_module(f".{module}", __package__), name):

@@ -16,15 +16,15 @@ CONFIG_DIRS = [Path(__file__).parent / "configs", Path(__file__).parent.parent /
 
 
 def load_options(config: str | Path, **overrides: Any) -> DetectorOptions:
-    """The options that a config says of its detector; see `read_config`. `overrides` win.
+    """The detector's options of a config, found as in `read_config`, changed by `overrides`.
 
-    UserError for a config that does not exist and for a value outside its limits.
+    UserError for a config that does not exist, an unknown option and a value outside its limits.
     """
     return DetectorOptions.of(read_config(config), **overrides)
 
 
 def read_config(config: str | Path) -> dict[str, Any]:
-    """All that a config says: a published one by its name, `dino_4scale_r50`, or a file."""
+    """All options that a config sets. It is a file, or published: `dino_4scale_r50`."""
     path = Path(config)
     if not path.suffix:
         directory = next(d for d in CONFIG_DIRS if d.exists())  # inside the package, or beside it
@@ -42,8 +42,8 @@ def build_model(
     """Build a detector with random weights, its losses and its post-processing.
 
     Args:
-        options: a `DetectorOptions` or a run's config, which is one; or what `load_options` takes.
-        overrides: options that win over these.
+        options: a `DetectorOptions`, such as a run's config, or a config as in `load_options`.
+        overrides: options that replace those.
     """
     if isinstance(options, str | Path):
         options = load_options(options)

@@ -41,12 +41,12 @@ class SetCriterion(nn.Module):
     """The loss terms after Hungarian matching, for all decoder layers at once.
 
     Args:
-        terms: what is computed; every term says which parts it applies to.
+        terms: the losses to compute; each lists the parts it applies to.
         weight_dict: {loss name: weight} of the losses that are trained: a term's name for the last
             decoder layer, with `_0`, `_1`, ... for those before it, `_dn` for denoising, `_interm`
             or `_enc` for the encoder's tokens that queries are selected from.
-        dn_num_boxes: "mean" divides the denoising losses like the others, "process" by the objects
-            of this process alone.
+        dn_num_boxes: "mean" divides the denoising losses like the others, "process" by the number
+            of objects in this process.
     """
 
     def __init__(

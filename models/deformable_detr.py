@@ -149,7 +149,7 @@ class DABDeformableDETR(Detector):
             self.transformer.decoder.class_embed = self.class_embed
 
     def make_label_embedding(self, options: DetectorOptions) -> nn.Embedding | None:
-        """`label_enc`, which here denoising alone uses."""
+        """`label_enc`, which in these models only denoising uses."""
         return None
 
     def make_learned_queries(self, options: DetectorOptions) -> None:
@@ -187,7 +187,7 @@ class DABDeformableDETR(Detector):
         return logits[..., 0]
 
     def token_outputs(self, selected: Selection) -> dict[str, LayerOutputs]:
-        """What the loss sees of the tokens: all of them, to tell objects from background."""
+        """All tokens are trained to distinguish objects from background."""
         outputs: LayerOutputs = {
             "pred_logits": selected.logits,
             "pred_boxes": selected.boxes.sigmoid(),

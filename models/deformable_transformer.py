@@ -74,7 +74,7 @@ class LevelTokens:
         return torch.cat(centres) / self.per_token(self.spatial_shapes.flip(-1) * self.valid_ratios)
 
     def per_token(self, of_levels: Tensor) -> Tensor:
-        """(..., L, n) -> (..., S, n): what belongs to each level, for each of its tokens."""
+        """(..., L, n) -> (..., S, n): every level's values, repeated for its tokens."""
         sizes = self.spatial_shapes.prod(1)
         return of_levels.repeat_interleave(sizes, dim=-2, output_size=self.mask.shape[1])
 

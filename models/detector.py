@@ -1,4 +1,4 @@
-"""What all detectors share: the forward pass, its intermediate results, the denoising queries."""
+"""The forward pass that all detectors share, its intermediate results, the denoising queries."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Encoded:
 
 @dataclass
 class Queries:
-    """The decoder's Q queries: content (B, Q, D) and anchors (B, Q, 4) before the sigmoid, or
-    whatever else a detector has as positions, (B, Q, ...); `outputs` are further outputs of the
-    detector, those of selected tokens."""
+    """The decoder's Q queries: content (B, Q, D) and anchors (B, Q, 4) before the sigmoid, or a
+    detector's other kind of positions, (B, Q, ...). `outputs` go into the detector's outputs: those
+    of selected tokens."""
 
     content: Tensor
     anchors: Tensor
@@ -50,7 +50,7 @@ class LayerOutputs(TypedDict):
 
 
 class Outputs(LayerOutputs, total=False):
-    """What a detector returns: the last layer's predictions, and more of L layers."""
+    """The last layer's predictions, and further outputs of a detector of L decoder layers."""
 
     aux_outputs: list[LayerOutputs]  # of every layer but the last
     states: Tensor  # (L, B, Q, D) decoder states, from which the heads predict
@@ -63,13 +63,13 @@ class Outputs(LayerOutputs, total=False):
 
 class Detector(nn.Module):
     """A DETR. The attributes of its subclasses have the released names, so that released
-    checkpoints load without translation. A subclass implements the four steps of `forward`, and
-    says in the class variables below what it can do.
+    checkpoints load without translation. A subclass implements the four steps of `forward` and sets
+    the class variables below.
     """
 
     implied: ClassVar[dict[str, Any]] = {}  # options with another default than in `options`
     has_denoising: ClassVar[bool] = False
-    token_losses: ClassVar[str] = "_enc"  # what loss names of selected tokens end with
+    token_losses: ClassVar[str] = "_enc"  # suffix of the losses of selected tokens
 
     backbone: Any
     transformer: Any

@@ -1,8 +1,9 @@
-"""DINO (Zhang et al. 2022): what it does that DN-Deformable-DETR does not.
+"""DINO (Zhang et al. 2022), as its difference from DN-Deformable-DETR.
 
 Contrastive denoising, mixed query selection and look forward twice are options of every deformable
-model here; that DINO has them is in its configs and in `implied`. Different in kind are the heads
-of the selected tokens, what is trained of these tokens, the label embedding and the decoder's norm.
+model here, which DINO enables in `implied` and in its configs. This file has the rest: separate
+heads for the tokens, their score and their losses, a label embedding without indicator, and a
+decoder with a final norm.
 """
 
 import copy
@@ -66,7 +67,7 @@ class DINO(DABDeformableDETR):
         return logits.amax(-1)
 
     def token_outputs(self, selected: Selection) -> dict[str, LayerOutputs]:
-        """The selected tokens alone, trained like a decoder layer's queries."""
+        """Only the selected tokens are trained, like the queries of a decoder layer."""
         outputs: LayerOutputs = {
             "pred_logits": selected.of_selected(selected.logits),
             "pred_boxes": selected.anchors.sigmoid(),

@@ -11,9 +11,9 @@ to restore it. These queries need no matching, so their targets are stable from 
 
 `prepare_for_cdn` instead of the first adds negatives: boxes with more noise, classified as
 background. Queries need not be boxes: `embed_boxes` turns noised boxes into whatever a detector
-uses as positions. This file needs torch and torchvision alone and works copied into another
-project, on any device and in any dtype. The losses, the generalized IoU and the inverse sigmoid are
-those of the whole project.
+uses as positions. This file needs only torch and torchvision, so it can be copied into another
+project; it works on any device and in any dtype. The losses, the generalized IoU and the inverse
+sigmoid are used by the whole project.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,11 +34,11 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
 
 @dataclass
 class Assignment:
-    """Which queries are to restore which of N objects, and what L decoder layers predict.
+    """The assignment of queries to N objects, and the predictions of L decoder layers.
 
-    `to_label`, (image, query), are the queries that are to restore `labels`, `to_box` those that
-    are to restore `boxes`, mostly the same. All other queries, or those in `supervised`, are
-    background.
+    `to_label`, (image, query), are the queries trained to predict `labels`, `to_box` those trained
+    to predict `boxes`, usually the same. All other queries are background, or, if `supervised` is
+    given, those in it.
     """
 
     to_label: tuple[Tensor, Tensor]  # (N,) or (L, N) int64
@@ -71,7 +71,7 @@ class Denoising(Assignment):
         return self.supervised.shape[1]
 
     def divisor(self, num_boxes: float | None = None) -> float:
-        """What its losses are divided by: `num_boxes` in every group, by default the objects."""
+        """The losses are divided by `num_boxes` x groups, by default by the number of objects."""
         return max(len(self.labels), 1) if num_boxes is None else num_boxes * self.num_groups
 
 
@@ -107,8 +107,8 @@ def add_corner_noise(boxes: Tensor, scale: float, negative: bool) -> Tensor:
 def group_mask(num_groups: int, group_size: int, num_matching: int, device: torch.device) -> Tensor:
     """The self-attention mask (P + Q, P + Q), bool, True = blocked: rows are queries, columns keys.
 
-    A denoising group is visible to itself alone: the matching part would learn the answers from it,
-    and so would the other groups. The matching part is visible to all.
+    A denoising group is visible only to itself, because it would reveal the ground truth to the
+    matching part and to the other groups. The matching part is visible to all.
     """
     group = torch.arange(num_groups, device=device).repeat_interleave(group_size)
     group = F.pad(group, (0, num_matching), value=-1)

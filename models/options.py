@@ -168,6 +168,8 @@ class DetectorOptions(LossOptions, DenoisingOptions, ModelOptions):
     def of(cls, values: Mapping[str, Any], **overrides: Any) -> "DetectorOptions":
         """The options among `values`, which may contain others; `overrides` take precedence."""
         names = {f.name for f in dataclasses.fields(cls)}
+        for name in overrides.keys() - names:
+            raise UserError(f"unknown option {name}{nearest(name, names)}")
         return cls(**{k: v for k, v in values.items() if k in names} | overrides)
 
 

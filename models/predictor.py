@@ -20,10 +20,10 @@ from .weights import load_weights, num_classes_of, read_checkpoint
 
 @dataclass
 class Predictor:
-    """A trained detector and what it takes to use it; `load_detector` makes one.
+    """A trained detector with its pre- and post-processing and class map; see `load_detector`.
 
-    size, max_size: the shorter side of images in evaluation, and the most that the longer may have.
-    labels_are_ids: the checkpoint has no class map, so labels are taken for category ids.
+    size, max_size: the shorter side of resized images, and the limit of the longer side, in pixels.
+    labels_are_ids: the checkpoint has no class map, so labels are used as category ids.
     """
 
     model: Detector
@@ -61,8 +61,8 @@ def load_detector(
 ) -> Predictor:
     """A detector from a checkpoint file. `ema`: use the averaged weights.
 
-    config: what replaces the checkpoint's own config, which released ones lack: a published
-    config's name, a file, or option values. UserError if the checkpoint cannot be read, or config
+    config: replaces the checkpoint's own config, which released ones lack: the name of a published
+    config, a file, or option values. UserError if the checkpoint cannot be read, or config
     or weights do not fit.
     """
     checkpoint = read_checkpoint(path)
@@ -73,9 +73,7 @@ def load_detector(
     values = checkpoint["config"] if config is None else config
     values = read_config(values) if isinstance(values, str | Path) else values
     if labels_are_ids := "class_map" not in checkpoint:
-        count = (
-            num_classes_of(checkpoint) or 1
-        )  # without a class head, loading reports what is wrong
+        count = num_classes_of(checkpoint) or 1  # if it has no class head, loading will fail
         class_map = ClassMap.identity([{"id": i} for i in range(count)], count)
     else:
         class_map = ClassMap.from_state_dict(checkpoint["class_map"])

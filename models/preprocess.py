@@ -1,4 +1,4 @@
-"""From an image to what a detector takes."""
+"""From an image to a detector's input."""
 
 import torch
 from torch import Tensor

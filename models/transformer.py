@@ -26,8 +26,8 @@ class Tokens(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What the L layers of a decoder return: states (L, B, Q, D), the boxes (L, B, Q, 4) that they
-    predict and the anchors (L, B, Q, 4) that they refine, detached, both cxcywh in [0, 1]."""
+    """Outputs of the L layers of a decoder: states (L, B, Q, D), predicted boxes (L, B, Q, 4), and
+    the anchors (L, B, Q, 4) that they refine, detached, both cxcywh in [0, 1]."""
 
     states: Tensor
     boxes: Tensor

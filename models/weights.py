@@ -78,8 +78,8 @@ def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict:
 
 @dataclass
 class LoadReport:
-    """What `load_weights` did: the number of names in the model that were set, and the names that
-    were not.
+    """The result of `load_weights`: the number of names in the model that were set, and the names
+    that were not.
 
     `mismatched` entries are "name: reason", with both shapes; `ignored` are names in the file.
     """
@@ -191,8 +191,8 @@ def load_backbone(backbone: Backbone, name: str, path: str = "", directory: str 
     """Load pretrained weights into a backbone, from a local file or from torchvision or timm.
 
     `name` is the backbone's in the registry; for a Swin or a ConvNeXt the file that its authors
-    published is searched for in `directory`. What the file has beside the backbone's tensors, such
-    as the classifier, is ignored. UserError if there is no file, if the download fails, and if a
+    published is searched for in `directory`. Other tensors in the file, such as the classifier, are
+    ignored. UserError if there is no file, if the download fails, and if a
     tensor of the backbone is not in the file or has another shape.
     """
     released_file = find_backbone(name).weights_file

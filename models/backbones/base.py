@@ -1,4 +1,4 @@
-"""What every backbone is: an image batch in, feature maps of the chosen stages out."""
+"""The base of all backbones: an image batch in, feature maps of the chosen stages out."""
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
