@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,26 @@ from .options import LossOptions
 Targets = Sequence[dict[str, Tensor]]
 
 
+@dataclass
+class Matching(Assignment):
+    """The matcher's assignment and its source, for losses that need more than logits and boxes:
+    the outputs of each layer, for the last one those of the whole detector, and the targets."""
+
+    layers: Sequence[LayerOutputs] = ()
+    targets: Targets = ()
+
+
 @dataclass(frozen=True)
 class LossTerm:
-    """A loss: its name in `weight_dict`, the option that weights it, how an assignment's losses
-    (L,) are computed, not yet divided by the number of objects, and the parts that it applies to:
+    """A loss: its name in `weight_dict`, the option with its weight, the function that computes it
+    from an assignment, (L,), not yet divided by the number of objects, and the parts it applies to:
     the decoder's matching queries, the tokens that queries are selected from, denoising queries.
+    A part other than denoising gives a `Matching`.
     """
 
     name: str
     weight_option: str
-    compute: Callable[[Assignment], Tensor]
+    compute: Callable[[Any], Tensor]
     parts: tuple[str, ...] = ("decoder", "tokens", "denoising")
 
 
@@ -91,8 +102,8 @@ class SetCriterion(nn.Module):
             losses |= self.losses(dn, "denoising", dn.divisor(dn_boxes), "_dn")
         return losses
 
-    def assign(self, layers: Sequence[LayerOutputs], targets: Targets) -> Assignment:
-        """The assignment of every layer's queries to the targets that costs least."""
+    def assign(self, layers: Sequence[LayerOutputs], targets: Targets) -> Matching:
+        """The least-cost assignment of each layer's queries to the targets."""
         logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
         boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()
         query = self.matcher(logits, boxes, targets)  # (L, N)
@@ -101,9 +112,9 @@ class SetCriterion(nn.Module):
         where = image, query.clamp(min=0)
         labels, target_boxes = (torch.cat([t[k] for t in targets]) for k in ("labels", "boxes"))
         found = (query >= 0).float()
-        assignment = Assignment(where, labels, where, target_boxes, found=found)
-        assignment.pred_logits, assignment.pred_boxes = logits, boxes
-        return assignment
+        matching = Matching(where, labels, where, target_boxes, None, found, layers, targets)
+        matching.pred_logits, matching.pred_boxes = logits, boxes
+        return matching
 
     def losses(
         self, assignment: Assignment, part: str, num_boxes: float, suffix: str = ""
