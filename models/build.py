@@ -10,7 +10,7 @@ from .errors import UserError, nearest
 from .matcher import HungarianMatcher
 from .options import DetectorOptions, read_assignments
 from .postprocess import PostProcess
-from .registry import find_model
+from .registry import check_options, find_model
 
 CONFIG_DIRS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
 
@@ -48,6 +48,7 @@ def build_model(
     if isinstance(options, str | Path):
         options = load_options(options)
     options = DetectorOptions.of(vars(options), **overrides)
+    check_options(options)
     model = find_model(options.modelname).detector(options, build_backbone(options))
     terms = standard_terms(options)
     matcher = HungarianMatcher(

@@ -133,19 +133,13 @@ class LossOptions:
 
 @dataclass
 class DetectorOptions(LossOptions, DenoisingOptions, ModelOptions):
-    """All options of `build_model`. UserError if one is out of range, two are incompatible, or the
-    model does not support one."""
+    """All options of `build_model`. UserError if one is out of range or two are incompatible;
+    `registry.check_options` checks them against the model and the backbone."""
 
     def __post_init__(self):
-        from .backbones import find_backbone  # avoids a circular import
-        from .registry import find_model
-
         for f in dataclasses.fields(self):
             check_limits(f, getattr(self, f.name))
         self.use_dn = self.use_dn and self.dn_number > 0
-        backbone = find_backbone(self.backbone)
-        if self.dilation and not backbone.can_dilate:
-            raise UserError(f"dilation: {self.backbone} has no dilated last stage; use resnet50")
         if self.hidden_dim % self.nheads or self.hidden_dim % 4:
             expected = f"a multiple of 4 and of nheads, {self.nheads}"
             raise UserError(f"hidden_dim: {self.hidden_dim} is not {expected}")
@@ -157,7 +151,6 @@ class DetectorOptions(LossOptions, DenoisingOptions, ModelOptions):
         levels, stages = self.num_feature_levels, len(self.return_interm_indices)
         if levels < stages:
             raise UserError(f"num_feature_levels: {levels} is less than the {stages} levels used")
-        find_model(self.modelname).detector.check(self)
 
     @property
     def num_labels(self) -> int:

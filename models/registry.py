@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+from .backbones import find_backbone
 from .dab_detr import DABDETR, DNDETR
 from .deformable_detr import DABDeformableDETR, DeformableEncoderDNDETR, DNDeformableDETR
 from .detector import Detector
 from .dino import DINO, DINOOfDNDETR
 from .errors import UserError, nearest
+from .options import DetectorOptions
 
 
 class ModelSpec(NamedTuple):
@@ -27,6 +29,13 @@ MODELS = {
     "dn_dab_dino_deformable_detr": ModelSpec(DINOOfDNDETR, "dn_dab_dino_deformable_detr_r50"),
     "dino": ModelSpec(DINO, "dino_4scale_r50"),
 }
+
+
+def check_options(options: DetectorOptions) -> None:
+    """UserError if there is no such model or backbone, or if it does not support an option."""
+    if not find_backbone(options.backbone).can_dilate and options.dilation:
+        raise UserError(f"dilation: {options.backbone} has no dilated last stage; use resnet50")
+    find_model(options.modelname).detector.check(options)
 
 
 def find_model(name: str) -> ModelSpec:

@@ -27,7 +27,7 @@ from models.options import (
     option,
     read_assignments,
 )
-from models.registry import MODELS, find_model
+from models.registry import MODELS, check_options, find_model
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +221,7 @@ class Config(RunOptions, TrainingOptions, DataOptions, DetectorOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        check_options(self)
         if not self.data_aug_scales:
             raise UserError("data_aug_scales needs at least one number")
         for other in ("multi_step_lr", "drop_lr_now", "override_resumed_lr_drop"):
