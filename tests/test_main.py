@@ -114,7 +114,7 @@ def test_resumed_run_equals_uninterrupted_one(small: list[str], trained: Path, e
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_optimizers_resume(optimizer: str, small: list[str], tmp_path: Path, capsys):
-    """Bit for bit, but only with the same one."""
+    """Bit for bit, but only with the same optimiser."""
     args = [*small, "--epochs", "2", "--save_checkpoint_interval", "1", "--optimizer"]
     whole, half = tmp_path / "whole", tmp_path / "half"
     assert main([*args, optimizer, "--output_dir", str(whole)]) == 0
@@ -253,7 +253,7 @@ def test_gradient_overflow_stops_the_run(small: list[str], capsys):
         "dino",
     ],
 )
-def test_deformable_models_train_and_evaluate_when_released(model, small, tmp_path, capsys):
+def test_deformable_models_train_and_evaluate_from_released_files(model, small, tmp_path, capsys):
     """In the authors' format: with an argparse Namespace, the optimiser and so on."""
     options = small[small.index("--backbone") :]
     options += ["--pretrained_backbone", "False", "--dn_number", "2", "--num_patterns", "0"]
