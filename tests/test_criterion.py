@@ -59,8 +59,8 @@ def test_degenerate_boxes_raise_no_error():
 def test_inverse_sigmoid():
     x = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     torch.testing.assert_close(inverse_sigmoid(x).sigmoid(), x)
-    ends = inverse_sigmoid(torch.tensor([-1.0, 0.0, 1.0, 2.0]))
-    torch.testing.assert_close(ends, torch.tensor([-1, -1, 1, 1]) * torch.log(torch.tensor(1e3)))
+    clamped = inverse_sigmoid(torch.tensor([-1.0, 0.0, 1.0, 2.0]))
+    torch.testing.assert_close(clamped, torch.tensor([-1, -1, 1, 1]) * torch.log(torch.tensor(1e3)))
 
 
 def pair_cost(logit: torch.Tensor, box: torch.Tensor, label: int, target: torch.Tensor) -> float:

@@ -460,7 +460,7 @@ def test_interm_loss_weights():
 
 
 def test_non_contrastive_dino_has_similarly_many_queries():
-    """Not 100 groups of all objects of an image."""
+    """Not 100 groups of all an image's objects."""
     small = {"backbone": "resnet18", "pretrained_backbone": False, "hidden_dim": 32, "nheads": 4}
     small |= {"num_queries": 10, "enc_layers": 1, "dec_layers": 1}
     targets = [{"labels": torch.zeros(40, dtype=torch.int64), "boxes": torch.rand(40, 4)}]

@@ -104,9 +104,9 @@ def test_two_processes_equal_one_with_twice_the_batch(pair: Pair, squares: Path,
         # AdamW's first steps have length lr for any gradient, so rounding errors flip steps where
         # it nearly vanishes; on average this must not matter.
         assert error.mean() < 0.02 * lr, error.mean()
-        mine, theirs = read_log(other)[0], read_log(one)[0]
-        for key in (k for k in theirs if k.startswith("train_loss")):
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-3), key
+        log, reference = read_log(other)[0], read_log(one)[0]
+        for key in (k for k in reference if k.startswith("train_loss")):
+            assert log[key] == pytest.approx(reference[key], rel=1e-3, abs=1e-3), key
 
 
 def test_evaluation_does_not_depend_on_the_number_of_processes(
@@ -250,9 +250,9 @@ def test_signal_saves_and_the_run_resumes(pair: Pair, data: Path, tmp_path: Path
     assert_same_state(*states)
     logs = [read_log(tmp_path / name) for name in ("whole", "stopped")]
     assert [line["epoch"] for line in logs[1]] == [0, 1, 2]
-    for mine, other in zip(*logs, strict=True):
-        assert {k: v for k, v in mine.items() if "loss" in k} == {
-            k: v for k, v in other.items() if "loss" in k
+    for first, second in zip(*logs, strict=True):
+        assert {k: v for k, v in first.items() if "loss" in k} == {
+            k: v for k, v in second.items() if "loss" in k
         }
 
 

@@ -55,7 +55,7 @@ def cached(tmp_path: Path) -> list[Path]:
 
 
 def test_checkpoint_from_a_url(small: list[str], tmp_path: Path, server: str, capsys):
-    """To evaluate and to fine-tune; downloaded once."""
+    """For evaluation and fine-tuning; downloaded once."""
     assert main(small) == 0
     out, url = tmp_path / "out", f"{server}/out/checkpoint.pth"
     expected = read_log(out)[-1]["test_coco_eval_bbox"]

@@ -35,8 +35,8 @@ def assert_same_state(a: dict, b: dict) -> None:
         assert all(torch.equal(v, b[key][k]) for k, v in a[key].items()), key
     for index, state in a["optimizer"]["state"].items():
         assert all(torch.equal(v, b["optimizer"]["state"][index][k]) for k, v in state.items())
-    for mine, other in zip(a["rng"], b["rng"], strict=True):
-        assert torch.equal(mine["torch"], other["torch"])
+    for first, second in zip(a["rng"], b["rng"], strict=True):
+        assert torch.equal(first["torch"], second["torch"])
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +120,9 @@ def test_optimizers_resume(optimizer: str, small: list[str], tmp_path: Path, cap
     assert main([*args, optimizer, "--output_dir", str(whole)]) == 0
     start = str(whole / "checkpoint0000.pth")
     assert main([*args, optimizer, "--output_dir", str(half), "--resume", start]) == 0
-    ends = [read_checkpoint(out / "checkpoint.pth") for out in (whole, half)]
-    assert all(torch.equal(v, ends[1]["model"][k]) for k, v in ends[0]["model"].items())
-    state = ends[0]["optimizer"]["state"].values()
+    states = [read_checkpoint(out / "checkpoint.pth") for out in (whole, half)]
+    assert all(torch.equal(v, states[1]["model"][k]) for k, v in states[0]["model"].items())
+    state = states[0]["optimizer"]["state"].values()
     assert any("momentum" in s for s in state) == (optimizer == "muon")
     other = {"adamw": "muon", "muon": "adamw"}[optimizer]
     fails_with(capsys, [*args, other, "--resume", start], "its own optimizer, lr")

@@ -23,7 +23,7 @@ class Tiny(nn.Module):
         super().__init__()
         self.backbone = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)])
         self.hidden = nn.Linear(4, 4)
-        self.input_proj = nn.GroupNorm(2, 4)  # a norm not named so
+        self.input_proj = nn.GroupNorm(2, 4)  # a norm not called "norm"
         self.sampling_offsets = nn.Linear(4, 4)
         self.norm = nn.LayerNorm(4)
         self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
@@ -84,7 +84,7 @@ def test_step_schedules(options: dict, expected: list[float]):
 
 
 def test_one_cycle_peaks_at_the_same_rate_in_every_group():
-    """As released, even in the backbone's."""
+    """As released, including the backbone."""
     cfg = load_config(None, {"onecyclelr": True, "epochs": 2})
     optimizer = build_optimizer(Tiny(), cfg)
     scheduler, every_step = build_scheduler(optimizer, cfg, steps_per_epoch=50)
@@ -152,13 +152,13 @@ def test_muon_steps_match_torch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("util.optim.COEFFICIENTS", [(3.4445, -4.775, 2.0315)] * 5)
     monkeypatch.setattr("util.optim.MUON_RATE", 1)
     rates = {"lr": 0.02, "weight_decay": 0.3}
-    mine = Muon([{"params": [ours], "hidden": True, **rates}])
+    muon = Muon([{"params": [ours], "hidden": True, **rates}])
     options = {"momentum": MUON_MOMENTUM, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}
     oracle = torch.optim.Muon([theirs], **rates, **options)
     for seed in range(3):
         gradient = torch.randn(12, 20, generator=torch.Generator().manual_seed(seed))
         before = theirs.detach().clone()
-        for parameter, optimizer in ((ours, mine), (theirs, oracle)):
+        for parameter, optimizer in ((ours, muon), (theirs, oracle)):
             parameter.grad = gradient.clone()
             optimizer.step()
         length = (theirs - before).norm()

@@ -90,8 +90,8 @@ def padded_images(*sizes: tuple[int, int]) -> NestedTensor:
     return nested_tensor_from_tensor_list([torch.randn(3, *size) for size in sizes])
 
 
-def close(mine: torch.Tensor, other: torch.Tensor) -> None:
-    torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-5)
+def close(ours: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, other, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_patterns", [0, 2])
@@ -136,11 +136,11 @@ def test_dab_detr_equals_transformers(num_patterns: int):
     images = padded_images((96, 128), (128, 96))
     model.eval(), theirs.eval()
     with torch.no_grad():
-        mine = model(images)
+        ours = model(images)
         other = theirs(pixel_values=images.tensors, pixel_mask=(~images.mask).long())
-    close(mine["pred_logits"], other.logits)
-    close(mine["pred_boxes"], other.pred_boxes)
-    assert mine["pred_boxes"].std() > 0.05, "the comparison would be vacuous"
+    close(ours["pred_logits"], other.logits)
+    close(ours["pred_boxes"], other.pred_boxes)
+    assert ours["pred_boxes"].std() > 0.05, "the comparison would be vacuous"
 
 
 def test_deformable_encoder_selection_and_decoder_equal_transformers():
@@ -218,7 +218,7 @@ def test_deformable_encoder_selection_and_decoder_equal_transformers():
         memory, tokens = encoded.memory, encoded.tokens
         selected, queries = model.select(memory, tokens), model.queries(encoded)
         states, boxes, _ = decoder(queries.content, queries.anchors, None, memory, tokens)
-        mine = model(images)
+        ours = model(images)
         other = theirs(pixel_values=images.tensors, pixel_mask=(~images.mask).long())
     close(memory, other.encoder_last_hidden_state)  # including padding tokens
     close(selected.logits, other.enc_outputs_class)
@@ -233,6 +233,6 @@ def test_deformable_encoder_selection_and_decoder_equal_transformers():
     assert refined.min() > 1e-3 and refined.max() < 1 - 1e-3
     close(states, other.intermediate_hidden_states.transpose(0, 1))
     close(boxes, other.intermediate_reference_points.transpose(0, 1))
-    close(mine["pred_logits"], other.logits)
-    close(mine["pred_boxes"], other.pred_boxes)
+    close(ours["pred_logits"], other.logits)
+    close(ours["pred_boxes"], other.pred_boxes)
     assert anchors.std() > 0.05 and (boxes - anchors).std() > 0.01, "the comparison is vacuous"

@@ -38,11 +38,11 @@ def coloured_box(image, label):
     # An edge pixel half covered by the object has half the strength.
     columns, rows = strength.max(0).values, strength.max(1).values
 
-    def ends(profile):
+    def extent(profile):
         inside = (profile > 0.5).nonzero().flatten()
         return int(inside[0]), int(inside[-1]) + 1
 
-    (x0, x1), (y0, y1) = ends(columns), ends(rows)
+    (x0, x1), (y0, y1) = extent(columns), extent(rows)
     return torch.tensor([x0, y0, x1, y1], dtype=torch.float32)
 
 
