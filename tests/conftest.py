@@ -1,4 +1,4 @@
-"""What several test files share: a small toy data set and the command line of a small model."""
+"""Shared by several test files: a small toy data set and a small model's command line."""
 
 import multiprocessing
 import os
@@ -30,12 +30,12 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(toy: Path, tmp_path: Path) -> list[str]:
-    """Command line of a model that trains in seconds on `toy`, into tmp_path / "out"."""
+    """Arguments for a model that trains on `toy` in seconds, writing to tmp_path / "out"."""
     return [*SMALL, "--coco_path", str(toy), "--output_dir", str(tmp_path / "out")]
 
 
 def serve(rank: int, connection: Connection) -> None:
-    """What a process of a `Pair` does: it calls what it is sent, and sends what that returns."""
+    """Worker loop of a `Pair`: calls each function received and sends back its result."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     while True:
@@ -44,37 +44,37 @@ def serve(rank: int, connection: Connection) -> None:
 
 
 class Pair:
-    """Two processes that are started once, as that takes longer than most of what they do."""
+    """Two worker processes, started once because startup outlasts most of their tasks."""
 
     def __init__(self):
         self.processes: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
     def call(self, function: Callable[[Any], Any], first: Any, second: Any) -> list[Any]:
-        """What `function`, of a module, returns in each for its argument; None where it hangs for
-        150 seconds or raises, which ends the process."""
+        """Results of the module-level `function` in each process; None where it raises or takes
+        over 150 seconds, after which both are killed."""
         if not self.processes:
             context = multiprocessing.get_context("spawn")
             for rank in range(2):
-                mine, theirs = context.Pipe()
-                process = context.Process(target=serve, args=(rank, theirs), daemon=True)
+                parent_end, child_end = context.Pipe()
+                process = context.Process(target=serve, args=(rank, child_end), daemon=True)
                 process.start()
-                theirs.close()  # so that the end of the process is noticed
-                self.processes.append((process, mine))
+                child_end.close()  # so that the process's exit is detected
+                self.processes.append((process, parent_end))
         for (_, connection), argument in zip(self.processes, (first, second), strict=True):
             connection.send((function, argument))
-        answers = []
+        results = []
         for _, connection in self.processes:
             try:
-                answers.append(connection.recv() if connection.poll(150) else None)
+                results.append(connection.recv() if connection.poll(150) else None)
             except EOFError:
-                answers.append(None)
-        if None in answers:
-            self.end()
-        return answers
+                results.append(None)
+        if None in results:
+            self.stop()
+        return results
 
-    def end(self) -> None:
+    def stop(self) -> None:
         for process, connection in self.processes:
-            process.kill()  # SIGTERM would wait for the step at hand
+            process.kill()  # SIGTERM would wait for the current step
             process.join()
             connection.close()
         self.processes.clear()
@@ -84,17 +84,17 @@ class Pair:
 def pair() -> Iterator[Pair]:
     pair = Pair()
     yield pair
-    pair.end()
+    pair.stop()
 
 
 def wait_for_first_epoch(process: subprocess.Popen) -> None:
-    """Reads what a run prints until its first epoch is done; fails if it ends before."""
+    """Reads a run's output until its first epoch completes; fails if the run exits first."""
     printed = []
     for line in process.stdout:
         if line.startswith("epoch 0: loss"):
             return
         printed.append(line)
-    pytest.fail("the run ended before its first epoch was done:\n" + "".join(printed))
+    pytest.fail("the run exited before its first epoch completed:\n" + "".join(printed))
 
 
 def children_of(process: subprocess.Popen) -> list[int]:

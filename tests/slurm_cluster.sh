@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A Slurm cluster of this machine alone, for tests: slurm_cluster.sh start|stop DIRECTORY
+# A single-node Slurm cluster for tests: slurm_cluster.sh start|stop DIRECTORY
 #
-# Settings, state and logs stay in the directory; use it with SLURM_CONF=DIRECTORY/slurm.conf.
-# Needs root and Debian's packages slurmctld, slurmd, slurm-client and munge.
+# Settings, state and logs are in DIRECTORY; set SLURM_CONF=DIRECTORY/slurm.conf to use it.
+# Needs root and the Debian packages slurmctld, slurmd, slurm-client and munge.
 set -euo pipefail
 dir=$(realpath -m "$2")
 
@@ -21,7 +21,7 @@ fi
 
 mkdir -p "$dir/state" "$dir/spool"
 chmod 755 "$dir"
-# munged trusts no directory that others can write, such as /tmp above its own: hence --force.
+# --force: munged rejects paths below world-writable directories such as /tmp.
 head -c 1024 /dev/urandom >"$dir/munge.key"
 chmod 600 "$dir/munge.key"
 munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" \

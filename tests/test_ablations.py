@@ -1,5 +1,5 @@
-"""Every ablation of every model that can carry it trains in two real processes, where DDP insists
-on a gradient for each trained parameter."""
+"""Every ablation a model supports trains in two real processes, where DDP requires a gradient for
+each trainable parameter."""
 
 import io
 import math
@@ -24,13 +24,13 @@ from train_state import TrainState
 from util.config import Config, parse_command_line
 
 TINY = [
-    *SMALL[2:],  # without its config: -m names the published one
+    *SMALL[2:],  # without -c: -m selects the published config
     *("--backbone", "timm/test_resnet", "--batch_norm_type", "BatchNorm2d"),
     *("--pretrained_backbone", "FALSE", "--num_feature_levels", "3", "--batch_size", "2"),
     *("--data_aug_scales2_crop", "[]", "--dist_timeout", "1"),
 ]
 
-# Two steps each, as DDP misses the gradients of a step at the next.
+# Two steps each, as DDP reports missing gradients only at the next.
 ALL = ["--dec_layers 1", "--use_ema --eval_batch_size 2", "--accumulate 2 --batch_size 1", "--amp"]
 ALL += ["--aux_loss FALSE", "--hidden_dim 48", "--optimizer muon"]
 DENSE = ["--num_patterns 2", "--random_refpoints_xy"]
@@ -52,9 +52,9 @@ def ablations(model: str) -> list[str]:
 
 
 def run_main(argv: list[str]) -> tuple[int | str, str]:
-    """The exit status of `main`, or that there was a traceback, and what it printed to stderr."""
+    """The exit status of `main`, or "traceback", and its stderr."""
     status, printed = "traceback", io.StringIO()
-    # Checkpoints, which other tests are about, would take half of the time.
+    # Saving checkpoints, which other tests cover, would take half of the time.
     saving = patch.object(TrainState, "save")
     with redirect_stderr(printed), redirect_stdout(io.StringIO()), saving:
         try:
@@ -71,17 +71,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_ablations_train_in_two_processes(model: str, pair: Pair, data: Path, tmp_path: Path):
-    """They end with status 0 and a finite loss, with losses of denoising where there is any."""
+    """Each exits with 0 and a finite loss, and logs denoising losses only if it denoises."""
     failures = []
     for i, options in enumerate(ablations(model)):
         out, command = tmp_path / f"{i}", f"-m {model} {options}"
         argv = ["-m", model, *TINY, *options.split(), "--coco_path", str(data)]
-        argv += ["--output_dir", str(out), "--dist_url", f"file://{tmp_path}/{i}.meet"]
-        ends = pair.call(run_main, argv, argv)
-        if None in ends:  # --dist_timeout is a minute
-            pytest.fail("\n".join([*failures, f"{command}: no answer, of both processes {ends}"]))
-        if any(status != 0 for status, _ in ends):
-            failures += [f"{command}: process {r}: {s}\n{text}" for r, (s, text) in enumerate(ends)]
+        argv += ["--output_dir", str(out), "--dist_url", f"file://{tmp_path}/{i}.store"]
+        results = pair.call(run_main, argv, argv)
+        if None in results:  # although --dist_timeout is a minute
+            pytest.fail("\n".join([*failures, f"{command}: a process returned nothing: {results}"]))
+        if any(status != 0 for status, _ in results):
+            for rank, (status, text) in enumerate(results):
+                failures.append(f"{command}: process {rank}: {status}\n{text}")
             continue
         (line,) = read_log(out)
         if not math.isfinite(line["train_loss"]):
@@ -93,23 +94,23 @@ def test_ablations_train_in_two_processes(model: str, pair: Pair, data: Path, tm
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_what_a_model_cannot_carry_is_refused(model: str):
-    """In one line. (`-m dab_deformable_detr --use_dn` is taken as the model with denoising.)"""
-    refused = ["--num_patterns 2", "--query_selection pure --random_refpoints_xy"]
+def test_unsupported_options_are_rejected(model: str):
+    """In one line. (`-m dab_deformable_detr --use_dn` selects the model with denoising.)"""
+    rejected = ["--num_patterns 2", "--query_selection pure --random_refpoints_xy"]
     if model in DENSE_MODELS:
-        refused = ["--query_selection pure", "--query_selection mixed", "--look_forward_twice"]
+        rejected = ["--query_selection pure", "--query_selection mixed", "--look_forward_twice"]
     if model == "dab_detr":
-        refused.append("--use_dn")
-    for options in refused:
-        named = options.split("--")[-1].split()[0]
-        with pytest.raises(UserError, match=named) as error:
+        rejected.append("--use_dn")
+    for options in rejected:
+        name = options.split("--")[-1].split()[0]
+        with pytest.raises(UserError, match=name) as error:
             parse_command_line(["-m", model, *options.split()])
         assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["swin_T_224_1k", "convnext_xlarge_22k"])
 def test_backbone_with_an_unused_last_stage(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Whatever trains in it has a gradient."""
+    """All its trainable parameters get gradients."""
     monkeypatch.setitem(
         convnext.VARIANTS, "convnext_xlarge_22k", convnext.Variant(8, (1, 1, 2, 1), "")
     )
@@ -117,5 +118,5 @@ def test_backbone_with_an_unused_last_stage(name: str, monkeypatch: pytest.Monke
     features = backbone(nested_tensor_from_tensor_list([torch.randn(3, 64, 64)]))
     assert [x.tensors.shape[1] for x in features] == backbone.num_channels
     sum(x.tensors.sum() for x in features).backward()
-    trained = {k: p for k, p in backbone.named_parameters() if p.requires_grad}
-    assert [k for k, p in trained.items() if p.grad is None] == []
+    trainable = {k: p for k, p in backbone.named_parameters() if p.requires_grad}
+    assert [k for k, p in trainable.items() if p.grad is None] == []

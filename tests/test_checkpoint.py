@@ -31,7 +31,7 @@ FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"]
 
 
 class Net(nn.Module):
-    """Like the detectors: box heads that are one module under several names, and frozen norms."""
+    """Like the detectors: box heads shared under several names, and frozen norms."""
 
     def __init__(self, classes=5):
         super().__init__()
@@ -56,7 +56,7 @@ def write(path, obj, zipped=True, **options):
 
 
 def released(model):
-    """All that a released checkpoint holds."""
+    """Every entry of a released checkpoint."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [11])
     sum(parameter.sum() for parameter in model.parameters()).backward()
@@ -80,7 +80,7 @@ def same(state, other):
     return list(state) == list(other) and all(torch.equal(state[k], other[k]) for k in state)
 
 
-def refusal(function, *args, **options):
+def error_of(function, *args, **options):
     with pytest.raises(UserError) as caught:
         function(*args, **options)
     return str(caught.value)
@@ -100,7 +100,7 @@ def test_released_format(tmp_path, model, zipped):
     assert same(other.state_dict(), state["model"])
 
 
-def test_round_trip_and_the_permissions_of_an_ordinary_file(tmp_path, model):
+def test_round_trip_and_default_permissions(tmp_path, model):
     path, state = tmp_path / "checkpoint.pth", released(model)
     save_checkpoint(path, state)
     assert same(read_checkpoint(path)["model"], state["model"])
@@ -109,13 +109,13 @@ def test_round_trip_and_the_permissions_of_an_ordinary_file(tmp_path, model):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth", "ordinary"]
 
 
-def test_what_is_read_outlives_a_newer_file_of_the_same_name(tmp_path):
+def test_loaded_state_survives_overwriting_the_file(tmp_path):
     path = tmp_path / "checkpoint.pth"
     save_checkpoint(path, {"model": {"w": torch.ones(10_000)}})
     read = read_checkpoint(path)
     save_checkpoint(path, {"model": {"w": torch.zeros(10)}})
     assert read["model"]["w"].sum() == 10_000
-    read["model"]["w"].zero_()  # a private copy: the file does not change
+    read["model"]["w"].zero_()  # a private copy: the file is unchanged
     assert read_checkpoint(path)["model"]["w"].shape == (10,)
 
 
@@ -138,7 +138,7 @@ class Evil:
         ("getattr", lambda marker: Evil(getattr, Path(marker), "touch")),
     ],
 )
-def test_code_in_a_file_is_refused(tmp_path, zipped, place, name, attack):
+def test_code_in_a_file_is_rejected(tmp_path, zipped, place, name, attack):
     marker = tmp_path / "executed"
     evil = attack(str(marker))
     state = {
@@ -149,46 +149,46 @@ def test_code_in_a_file_is_refused(tmp_path, zipped, place, name, attack):
     }[place]
     path = write(tmp_path / "evil.pth", state, zipped)
     for function in (read_checkpoint, lambda path: load_weights(nn.Linear(2, 2), path)):
-        message = refusal(function, path)
+        message = error_of(function, path)
         assert message.startswith(f"{path}: refused, nothing of it was executed: it wants {name};")
         assert "\n" not in message
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_code_in_other_pickles_is_not_run_either(tmp_path, protocol):
+def test_code_in_other_pickles_is_not_executed(tmp_path, protocol):
     marker, path = tmp_path / "executed", tmp_path / "evil.pth"
     evil = Evil(os.system, f"touch '{marker}'")
     path.write_bytes(pickle.dumps(evil, protocol))
-    refusal(read_checkpoint, path)
+    error_of(read_checkpoint, path)
     write(path, {"model": evil}, pickle_protocol=protocol)
-    assert "refused" in refusal(read_checkpoint, path)
+    assert "refused" in error_of(read_checkpoint, path)
     assert not marker.exists()
 
 
-def test_allowing_namespace_ends_with_the_read(tmp_path):
+def test_namespace_is_allowed_only_while_reading(tmp_path):
     path = write(tmp_path / "a.pth", {"args": argparse.Namespace(a=1)})
     read_checkpoint(path)
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
-def test_numpy_scalars_are_refused_by_name(tmp_path):
+def test_numpy_scalars_are_rejected_by_name(tmp_path):
     path = write(tmp_path / "a.pth", {"model": {}, "best": np.float64(0.5)})
-    assert "multiarray.scalar" in refusal(read_checkpoint, path)
+    assert "multiarray.scalar" in error_of(read_checkpoint, path)
 
 
 @FORMATS
-def test_truncated_anywhere(tmp_path, model, zipped):
+def test_truncation_at_any_length(tmp_path, model, zipped):
     data = write(tmp_path / "whole.pth", released(model), zipped).read_bytes()
     path = tmp_path / "cut.pth"
     for length in [len(data) * tenth // 10 for tenth in range(10)] + [1, 2, 3, 5, len(data) - 1]:
         path.write_bytes(data[:length])
-        message = refusal(read_checkpoint, path)
+        message = error_of(read_checkpoint, path)
         assert str(path) in message and "\n" not in message
 
 
 @FORMATS
-def test_flipped_bytes_never_raise_another_exception(tmp_path, model, zipped):
+def test_corrupt_bytes_raise_only_user_errors(tmp_path, model, zipped):
     data = write(tmp_path / "whole.pth", released(model), zipped).read_bytes()
     path, generator = tmp_path / "flipped.pth", random.Random(0)
     for _ in range(200):
@@ -202,13 +202,13 @@ def test_flipped_bytes_never_raise_another_exception(tmp_path, model, zipped):
             assert "\n" not in str(error)
 
 
-def test_hole_in_the_weights(tmp_path):
-    """As an interrupted download leaves it: the length is right, a part of it is zeros."""
+def test_zeroed_block_in_the_weights(tmp_path):
+    """As after an interrupted download: the right length, but a block of zeros."""
     path = write(tmp_path / "a.pth", {"model": {"w": torch.ones(100_000)}})
     data = bytearray(path.read_bytes())
     data[200_000:210_000] = bytes(10_000)
     path.write_bytes(data)
-    assert "wrong checksum of a/data/0" in refusal(read_checkpoint, path)
+    assert "wrong checksum of a/data/0" in error_of(read_checkpoint, path)
 
 
 def test_file_without_checksums(tmp_path):
@@ -224,7 +224,7 @@ def test_file_without_checksums(tmp_path):
     "content, expected",
     [
         (b"", "is empty"),
-        (b"hello, this is a text\n", "not a checkpoint"),
+        (b"hello, this is text\n", "not a checkpoint"),
         (b"coco\nfoo\n.", "not a checkpoint"),
         (b"<!DOCTYPE html><html>not found</html>", "not a checkpoint"),
         (b"PK", "not a checkpoint"),
@@ -236,36 +236,36 @@ def test_file_without_checksums(tmp_path):
         *((b"PK\x03\x04" + random.Random(seed).randbytes(999), "truncated") for seed in range(5)),
     ],
 )
-def test_other_contents(tmp_path, content, expected):
+def test_invalid_contents(tmp_path, content, expected):
     path = tmp_path / "a.pth"
     path.write_bytes(content)
-    message = refusal(read_checkpoint, path)
+    message = error_of(read_checkpoint, path)
     assert message.startswith(f"{path}: ") and expected in message and "\n" not in message
 
 
-def test_other_kinds_of_files(tmp_path):
-    assert "a directory" in refusal(read_checkpoint, tmp_path)
-    assert "No such file" in refusal(read_checkpoint, tmp_path / "missing.pth")
+def test_other_file_types(tmp_path):
+    assert "a directory" in error_of(read_checkpoint, tmp_path)
+    assert "No such file" in error_of(read_checkpoint, tmp_path / "missing.pth")
     os.mkfifo(tmp_path / "pipe")
-    assert "no regular file" in refusal(read_checkpoint, tmp_path / "pipe")
+    assert "no regular file" in error_of(read_checkpoint, tmp_path / "pipe")
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a/readme", "hello")
-    assert "not a checkpoint" in refusal(read_checkpoint, tmp_path / "a.zip")
+    assert "not a checkpoint" in error_of(read_checkpoint, tmp_path / "a.zip")
     for obj, kind in (
         (torch.ones(2), "Tensor"),
         ([1], "list"),
         (argparse.Namespace(), "Namespace"),
     ):
-        message = refusal(read_checkpoint, write(tmp_path / "a.pth", obj))
+        message = error_of(read_checkpoint, write(tmp_path / "a.pth", obj))
         assert f"holds a {kind}, not a dict" in message
 
 
-def assert_still_first(path):
+def assert_first_intact(path):
     assert read_checkpoint(path)["epoch"] == 1
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_failing_disk_keeps_the_earlier_file(tmp_path, monkeypatch):
+def test_disk_error_keeps_the_previous_file(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
     save_checkpoint(path, {"epoch": 1})
 
@@ -273,51 +273,51 @@ def test_failing_disk_keeps_the_earlier_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    message = refusal(save_checkpoint, path, {"epoch": 2})
+    message = error_of(save_checkpoint, path, {"epoch": 2})
     assert message.startswith(f"{path}: checkpoint not saved: No space left on device;")
-    assert_still_first(path)
+    assert_first_intact(path)
 
 
-def test_write_that_breaks_off_part_way_keeps_the_earlier_file(tmp_path):
+def test_partial_write_keeps_the_previous_file(tmp_path):
     path = tmp_path / "checkpoint.pth"
     save_checkpoint(path, {"epoch": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # acts like a full disk
     try:
-        message = refusal(save_checkpoint, path, {"epoch": 2, "model": torch.ones(500_000)})
+        message = error_of(save_checkpoint, path, {"epoch": 2, "model": torch.ones(500_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in message and "\n" not in message
-    assert_still_first(path)
+    assert_first_intact(path)
 
 
-def test_target_that_cannot_be_written(tmp_path):
+def test_unwritable_target(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "directory").mkdir()
-    assert "No such file" in refusal(save_checkpoint, tmp_path / "gone" / "checkpoint.pth", {})
-    assert "Not a directory" in refusal(save_checkpoint, tmp_path / "file" / "checkpoint.pth", {})
-    assert "Is a directory" in refusal(save_checkpoint, tmp_path / "directory", {})
+    assert "No such file" in error_of(save_checkpoint, tmp_path / "gone" / "checkpoint.pth", {})
+    assert "Not a directory" in error_of(save_checkpoint, tmp_path / "file" / "checkpoint.pth", {})
+    assert "Is a directory" in error_of(save_checkpoint, tmp_path / "directory", {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["directory", "file"]
 
 
 @pytest.mark.parametrize("value", [np.float64(0.5), Path("a"), collections.defaultdict(list)])
-def test_state_that_could_not_be_read_back_is_not_saved(tmp_path, value):
+def test_unreadable_state_is_not_saved(tmp_path, value):
     path = tmp_path / "checkpoint.pth"
     save_checkpoint(path, {"epoch": 1})
     with pytest.raises(TypeError, match=r"could not be read back: .* it wants"):
         save_checkpoint(path, {"epoch": 2, "best": value})
-    assert_still_first(path)
+    assert_first_intact(path)
 
 
-def test_state_that_cannot_be_pickled_leaves_nothing(tmp_path):
+def test_unpicklable_state_keeps_the_previous_file(tmp_path):
     path = tmp_path / "checkpoint.pth"
     save_checkpoint(path, {"epoch": 1})
     with pytest.raises((pickle.PicklingError, AttributeError)):
         save_checkpoint(path, {"epoch": 2, "hook": lambda: None})
-    assert_still_first(path)
+    assert_first_intact(path)
 
 
-def test_leftovers_of_a_killed_process_are_cleared(tmp_path):
+def test_temporary_file_of_a_killed_process_is_removed(tmp_path):
     (tmp_path / ".checkpoint.pth.01234567.tmp").write_bytes(b"PK\x03\x04")
     (tmp_path / ".checkpoint0001.pth.01234567.tmp").write_bytes(b"PK\x03\x04")
     assert latest_checkpoint(tmp_path) is None
@@ -336,7 +336,7 @@ torch.set_num_threads(1)
 save = lambda epoch: save_checkpoint(path, {"epoch": epoch, "w": torch.full((200_000,), epoch)})
 save(0)
 epochs = []
-while len(epochs) < 15 or epochs[-1] == 0:  # on a slow machine, until one save was done
+while len(epochs) < 15 or epochs[-1] == 0:  # on slow machines, until one save completes
     child = os.fork()
     if child == 0:
         epoch = read_checkpoint(path)["epoch"]
@@ -358,12 +358,12 @@ def test_killed_while_saving(tmp_path):
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.iterdir())) <= 2  # the checkpoint and at most one leftover
+    assert len(list(tmp_path.iterdir())) <= 2  # the checkpoint and at most one temporary file
 
 
 @pytest.mark.parametrize("key", ["model", "ema_model", "state_dict", None])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_where_the_weights_are(tmp_path, model, key, prefix):
+def test_weights_are_found_under_each_key(tmp_path, model, key, prefix):
     expected = snapshot(model)
     state = {prefix + name: value for name, value in expected.items()}
     checkpoint = {key: state, "epoch": 3} if key else state
@@ -374,7 +374,7 @@ def test_where_the_weights_are(tmp_path, model, key, prefix):
         assert report == LoadReport(loaded=len(expected))
 
 
-def test_model_within_a_wrapper(model):
+def test_wrapped_model(model):
     other = nn.DataParallel(Net())
     load_weights(other, snapshot(model))
     assert same(other.module.state_dict(), snapshot(model))
@@ -382,18 +382,18 @@ def test_model_within_a_wrapper(model):
 
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"model": {"w": 1}}, {1: torch.ones(2)}])
 def test_dict_without_weights(tmp_path, model, content):
-    assert refusal(load_weights, model, content).startswith("the state dict: holds no weights")
+    assert error_of(load_weights, model, content).startswith("the state dict: holds no weights")
     path = write(tmp_path / "a.pth", content)
-    assert refusal(load_weights, model, path).startswith(f"{path}: holds no weights")
+    assert error_of(load_weights, model, path).startswith(f"{path}: holds no weights")
 
 
-def test_strict_names_what_does_not_fit_and_changes_nothing(tmp_path, model):
+def test_strict_lists_mismatches_and_keeps_the_model(tmp_path, model):
     state = snapshot(Net(classes=7))
     del state["norm.running_mean"]
     state["extra.weight"] = torch.ones(1)
     before = snapshot(model)
     path = write(tmp_path / "a.pth", {"model": state})
-    message = refusal(load_weights, model, path)
+    message = error_of(load_weights, model, path)
     assert message.startswith(f"{path}: does not fit the model, nothing of it is used")
     assert "missing: 1\n  norm.running_mean\n" in message
     assert "unexpected: 1\n  extra.weight\n" in message
@@ -403,24 +403,24 @@ def test_strict_names_what_does_not_fit_and_changes_nothing(tmp_path, model):
 
 
 @pytest.mark.parametrize("number", [20, 21, 57])
-def test_long_lists_are_cut(number):
+def test_long_lists_are_truncated(number):
     names = [f"layer{i:02}" for i in range(number)]
     ours = nn.ParameterDict({name: torch.zeros(1) for name in names})
     wrong = nn.ParameterDict({name: torch.zeros(2) for name in names})
     others = {f"other{i:02}": torch.zeros(1) for i in range(number)}
-    message = refusal(load_weights, ours, others)
+    message = error_of(load_weights, ours, others)
     assert f"missing: {number}\n" in message and f"unexpected: {number}\n" in message
     assert "layer19" in message and "other19" in message
     assert "layer20" not in message and "other20" not in message
     assert message.count(f"... and {number - 20} more") == (2 if number > 20 else 0)
-    message = refusal(load_weights, wrong, ours.state_dict())
+    message = error_of(load_weights, wrong, ours.state_dict())
     assert message.count("(1,) in the file, (2,) in the model") == 20
     report = load_weights(ours, others, strict=False)
     assert len(report.missing) == len(report.unexpected) == number
     assert str(report).count("\n  ... and") == (2 if number > 20 else 0)
 
 
-def test_not_strict_loads_what_fits(model):
+def test_non_strict_loads_matching_weights(model):
     state, before = snapshot(Net(classes=7)), snapshot(model)
     state["extra.weight"] = torch.ones(1)
     del state["norm.running_mean"]
@@ -454,29 +454,29 @@ def test_ignoring_one_name_of_a_shared_tensor_ignores_all(model):
 
 
 @pytest.mark.parametrize("kept", ["bbox_embed.0", "bbox_embed.1", "decoder.bbox_embed.1"])
-def test_one_name_of_a_shared_tensor_is_enough(model, kept):
+def test_one_name_of_a_shared_tensor_suffices(model, kept):
     expected = snapshot(Net())
     state = {k: v for k, v in expected.items() if "bbox" not in k or k.startswith(kept)}
     report = load_weights(model, state)
     assert same(model.state_dict(), expected) and report == LoadReport(loaded=len(expected))
     for name in [name for name in state if "bbox" in name]:
         del state[name]
-    message = refusal(load_weights, model, state)
+    message = error_of(load_weights, model, state)
     assert "missing: 8\n" in message and "decoder.bbox_embed.1.bias" in message
 
 
-def test_names_that_disagree_about_a_shared_tensor(model):
+def test_conflicting_values_of_a_shared_tensor(model):
     state, before = snapshot(Net()), snapshot(model)
     state["bbox_embed.1.weight"] = torch.full((4, 4), torch.nan)
-    message = refusal(load_weights, model, state)
+    message = error_of(load_weights, model, state)
     assert "bbox_embed.1.weight: not shared in the file, shared in the model" in message
     assert same(model.state_dict(), before)
-    for name in state:  # equal, in storages of their own, and not finite
+    for name in state:  # equal, in separate storages, and non-finite
         state[name] = torch.full_like(state[name], torch.nan)
     load_weights(model, state)
 
 
-def test_step_counters_of_batch_norm(model):
+def test_batch_norm_step_counters(model):
     state = snapshot(model)
     state["norm.num_batches_tracked"] = torch.tensor(3)
     assert not load_weights(model, state).unexpected
@@ -507,11 +507,11 @@ def draw():
     return numbers + torch.cat(tensors).tolist()
 
 
-def test_random_streams_go_on_bit_exactly(tmp_path):
+def test_random_streams_resume_bit_exactly(tmp_path):
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
-    draw()  # leaves one cached normal number in Python's generator and in numpy's
+    draw()  # leaves a cached normal sample in Python's and numpy's generators
     save_checkpoint(tmp_path / "checkpoint.pth", {"rng": rng_state()})
     expected = [draw() for _ in range(3)]
     set_rng_state(read_checkpoint(tmp_path / "checkpoint.pth")["rng"])
@@ -535,18 +535,18 @@ def test_latest_is_the_newest(tmp_path):
     assert latest_checkpoint(str(tmp_path))[0].name == "checkpoint.pth"
 
 
-def test_latest_among_equally_old_ones_goes_by_name(tmp_path):
+def test_latest_breaks_ties_by_name(tmp_path):
     for name in ("checkpoint.pth", "checkpoint0003.pth", "checkpoint0012.pth"):
         put(tmp_path, name, 100)
     assert latest_checkpoint(tmp_path)[0].name == "checkpoint0012.pth"
 
 
-def test_latest_passes_over_what_cannot_be_used(tmp_path, caplog):
+def test_latest_skips_unusable_checkpoints(tmp_path, caplog):
     put(tmp_path, "checkpoint0001.pth", 100, epoch=1)
     cut = put(tmp_path, "checkpoint0002.pth", 100, epoch=2)
     cut.write_bytes(cut.read_bytes()[:-100])
     put(tmp_path, "checkpoint0003.pth", 2_000_000_000, epoch=3, nonfinite=True)
-    (tmp_path / "checkpoint0004.pth").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "checkpoint0004.pth").symlink_to(tmp_path / "absent")
     (tmp_path / "checkpoint0005.pth").mkdir()
     with caplog.at_level(logging.WARNING):
         path, state = latest_checkpoint(tmp_path)

@@ -1,4 +1,4 @@
-"""Reading data sets: labels, pictures of every kind, bad input, and repeatable augmentation."""
+"""Reading data sets: labels, image formats, bad input and reproducible augmentation."""
 
 import copy
 import json
@@ -26,11 +26,11 @@ def categories(ids):
     return [{"id": i, "name": f"name {i}"} for i in ids]
 
 
-def plain(images, annotations, **extra):
+def coco_dict(images, annotations, **extra):
     return {"images": images, "annotations": annotations, "categories": CATEGORIES, **extra}
 
 
-def picture(i=1, **fields):
+def image_entry(i=1, **fields):
     return {"id": i, "file_name": f"{i}.png", "height": 40, "width": 60, **fields}
 
 
@@ -41,7 +41,7 @@ def annotation(i=1, image_id=1, bbox=(10, 5, 20, 30), category_id=3, **fields):
 
 @pytest.fixture
 def make(tmp_path):
-    """make(data, size=(width, height), **arguments): a data set with its grey images on disk."""
+    """make(data, size=(width, height), **arguments): a data set with plain images on disk."""
 
     def make(data, size=(60, 40), transforms=None, **arguments):
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -75,7 +75,7 @@ def test_coco_ids_are_labels():
     assert 12 not in class_map.ids and class_map.label_of[1] == 1
 
 
-def test_other_ids_are_numbered_in_order():
+def test_other_ids_are_numbered_consecutively():
     class_map = ClassMap.from_categories(CATEGORIES)
     assert class_map.num_classes == 2
     assert class_map.ids == {0: 3, 1: 7} and class_map.names == {0: "dog", 1: "cat"}
@@ -94,7 +94,7 @@ def test_num_classes_overrides():
 
 
 def test_labels_of_a_released_checkpoint():
-    """Ids are labels where the class head reaches them, and are numbered where it does not."""
+    """Ids are labels if the class head covers them all; otherwise they are renumbered."""
     assert ClassMap.of_released(categories([90, 1]), 91).ids == {1: 1, 90: 90}
     assert ClassMap.of_released(categories([2, 1, 3]), 4).ids == {1: 1, 2: 2, 3: 3}
     assert ClassMap.of_released(categories([2, 1, 3]), 3).ids == {0: 1, 1: 2, 2: 3}
@@ -114,8 +114,8 @@ def test_class_map_survives_json_and_checkpoints(tmp_path):
 
 
 def test_a_sample(make):
-    data = plain(
-        [picture(12), picture(5)],
+    data = coco_dict(
+        [image_entry(12), image_entry(5)],
         [
             annotation(1, 12),
             annotation(2, 5, (1, 2, 3, 4), 7),
@@ -139,20 +139,20 @@ def test_a_sample(make):
     assert dataset.most_objects() == (2, "12.png")
 
 
-def test_images_without_objects_stay(make):
-    dataset = make(plain([picture(1), picture(2)], [annotation(1, 2)]), train=True)
+def test_images_without_objects_are_kept(make):
+    dataset = make(coco_dict([image_entry(1), image_entry(2)], [annotation(1, 2)]), train=True)
     assert len(dataset) == 2
     assert dataset[0][1]["boxes"].shape == (0, 4) and dataset[0][1]["labels"].shape == (0,)
 
 
-def test_unsound_boxes_are_dropped_or_clipped_and_counted(make, caplog):
+def test_invalid_boxes_are_dropped_or_clipped_and_counted(make, caplog):
     nan = float("nan")
     boxes = [
         (10, 5, 20, 30), (nan, 5, 20, 30), (10, 5, float("inf"), 30), (10, 5, 0, 30),
         (10, 5, 20, -1), (None, 5, 20, 30), (-10, -5, 20, 30), (50, 30, 100, 100),
         (60, 0, 10, 10), (-20, 0, 20, 10), (59.5, 39.5, 0.6, 0.6),
     ]  # fmt: skip
-    data = plain([picture()], [annotation(i, bbox=box) for i, box in enumerate(boxes)])
+    data = coco_dict([image_entry()], [annotation(i, bbox=box) for i, box in enumerate(boxes)])
     with caplog.at_level(logging.WARNING):
         _, target = make(data)[0]
     expected = [[10, 5, 30, 35], [0, 0, 10, 25], [50, 30, 60, 40], [59.5, 39.5, 60, 40]]
@@ -162,14 +162,14 @@ def test_unsound_boxes_are_dropped_or_clipped_and_counted(make, caplog):
         assert count in record.getMessage()
 
 
-def test_a_sound_data_set_is_loaded_in_silence(make, caplog, capsys):
-    make(plain([picture()], [annotation()]))[0]
+def test_valid_data_set_loads_silently(make, caplog, capsys):
+    make(coco_dict([image_entry()], [annotation()]))[0]
     assert not caplog.records and capsys.readouterr() == ("", "")
 
 
-def test_boxes_are_clipped_to_the_real_image(make, caplog):
+def test_boxes_are_clipped_to_the_actual_image(make, caplog):
     boxes = [(10, 5, 45, 30), (31, 0, 9, 9)]
-    data = plain([picture()], [annotation(i, bbox=box) for i, box in enumerate(boxes)])
+    data = coco_dict([image_entry()], [annotation(i, bbox=box) for i, box in enumerate(boxes)])
     dataset = make(data, size=(30, 20))
     for _ in range(2):
         assert np.allclose(pixel_boxes(dataset[0][1]), [[10, 5, 30, 20]])
@@ -180,7 +180,7 @@ def test_boxes_are_clipped_to_the_real_image(make, caplog):
 
 
 def test_collate_pads(make):
-    data = plain([picture(1), picture(2)], [annotation()])
+    data = coco_dict([image_entry(1), image_entry(2)], [annotation()])
     batch, targets = collate([make(data)[0], make(data, transforms=eval_transforms([20], 90))[1]])
     assert batch.tensors.shape == (2, 3, 40, 60) and not batch.mask[0].any()
     assert batch.mask[1].sum() == 40 * 60 - 20 * 30 and [len(t["labels"]) for t in targets] == [
@@ -189,7 +189,7 @@ def test_collate_pads(make):
     ]
 
 
-# Pictures
+# Images
 
 
 def left_red_right_blue():
@@ -199,7 +199,7 @@ def left_red_right_blue():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "P transparent", "LA", "L", "1"])
-def test_modes_become_rgb(tmp_path, mode, recwarn):
+def test_modes_are_converted_to_rgb(tmp_path, mode, recwarn):
     source, path, options = left_red_right_blue(), tmp_path / "image.png", {}
     if mode == "P transparent":
         source, options = source.convert("P"), {"transparency": bytes([255, 128, 0])}
@@ -217,7 +217,7 @@ def test_modes_become_rgb(tmp_path, mode, recwarn):
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
+def test_16_bit_images_are_scaled_not_clipped(tmp_path, suffix):
     grey = np.repeat(np.array([[0, 51400, 32896, 65535]], dtype=np.uint16), 3, axis=0)
     Image.fromarray(grey).save(tmp_path / f"grey.{suffix}")
     assert read_image(tmp_path / f"grey.{suffix}")[1, 0].tolist() == [0, 200, 128, 255]
@@ -229,7 +229,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_exif_orientation_is_applied_and_boxes_fit(make, tmp_path, orientation, suffix):
+def test_exif_orientation_is_applied_and_boxes_match(make, tmp_path, orientation, suffix):
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -242,7 +242,7 @@ def test_exif_orientation_is_applied_and_boxes_fit(make, tmp_path, orientation, 
     exif[0x0112] = orientation
     (tmp_path / "images").mkdir()
     stored.save(tmp_path / "images" / f"1.{suffix}", exif=exif, quality=95)
-    data = plain([picture(file_name=f"1.{suffix}")], [annotation()])
+    data = coco_dict([image_entry(file_name=f"1.{suffix}")], [annotation()])
     for sizes in ({}, {"height": None, "width": None}):
         data["images"][0].update(sizes)
         image, target = make(data)[0]
@@ -252,17 +252,17 @@ def test_exif_orientation_is_applied_and_boxes_fit(make, tmp_path, orientation, 
         assert np.abs(np.array(pixel_boxes(target)[0]) - np.array(found)).max() <= 1
 
 
-def test_annotations_drawn_on_the_stored_picture_keep_it_unturned(make, tmp_path):
+def test_exif_orientation_is_ignored_if_boxes_fit_the_stored_image(make, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "images").mkdir()
     left_red_right_blue().save(tmp_path / "images" / "1.png", exif=exif)
-    image, target = make(plain([picture()], [annotation(bbox=(0, 0, 30, 40))]))[0]
+    image, target = make(coco_dict([image_entry()], [annotation(bbox=(0, 0, 30, 40))]))[0]
     assert target["orig_size"].tolist() == [40, 60] and pixel_boxes(target) == [[0, 0, 30, 40]]
     assert (image[0, :, :30] > 0).all() and (image[0, :, 30:] < 0).all()
 
 
-def break_file(path, kind):
+def corrupt_file(path, kind):
     Image.effect_noise((60, 40), 90).convert("RGB").save(path, "JPEG")
     content = {"truncated": path.read_bytes()[:900], "empty": b"", "text": b"<html>no</html>"}
     path.write_bytes(content[kind])
@@ -270,10 +270,10 @@ def break_file(path, kind):
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text"])
 def test_unreadable_image(make, tmp_path, kind):
-    data = plain([picture(i) for i in (1, 2, 3)], [annotation(1, 1), annotation(2, 3)])
+    data = coco_dict([image_entry(i) for i in (1, 2, 3)], [annotation(1, 1), annotation(2, 3)])
     make(data)
     for name in ("2.png", "3.png"):
-        break_file(tmp_path / "images" / name, kind)
+        corrupt_file(tmp_path / "images" / name, kind)
     image, target = make(data, train=True)[1]
     assert target["skipped"] == ["2.png", "3.png"] and target["image_id"].item() == 1
     assert torch.equal(image, make(data, train=True)[0][0]) and len(target["labels"]) == 1
@@ -284,8 +284,8 @@ def test_unreadable_image(make, tmp_path, kind):
         assert "\n" not in str(caught.value) and "instances.json" in str(caught.value)
 
 
-def test_training_gives_up_if_nothing_is_readable(make, tmp_path):
-    data = plain([picture(i) for i in range(30)], [annotation(1, 1)])
+def test_training_fails_if_no_image_is_readable(make, tmp_path):
+    data = coco_dict([image_entry(i) for i in range(30)], [annotation(1, 1)])
     dataset = make(data, train=True)
     for i in range(30):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"")
@@ -293,9 +293,9 @@ def test_training_gives_up_if_nothing_is_readable(make, tmp_path):
         dataset[5]
 
 
-def test_an_error_in_a_worker_reaches_the_user_as_one_line(make, tmp_path):
-    dataset = make(plain([picture()], [annotation()]))
-    break_file(tmp_path / "images" / "1.png", "truncated")
+def test_worker_error_is_reported_in_one_line(make, tmp_path):
+    dataset = make(coco_dict([image_entry()], [annotation()]))
+    corrupt_file(tmp_path / "images" / "1.png", "truncated")
     with pytest.raises(UserError) as caught:
         list(DataLoader(dataset, num_workers=1, collate_fn=collate))
     assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
@@ -305,7 +305,7 @@ def test_an_error_in_a_worker_reaches_the_user_as_one_line(make, tmp_path):
 
 
 def change(path, value):
-    """A change of a sound data set: `path` into the JSON, the new value, or `del`."""
+    """An edit that sets `path` in the JSON to `value`, or deletes it for `del_`."""
 
     def apply(data):
         *parents, last = path
@@ -323,7 +323,7 @@ del_ = object()
 
 
 @pytest.mark.parametrize(
-    ("changed", "value", "words"),
+    ("path", "value", "parts"),
     [
         (["images"], del_, ["'images'", "missing"]),
         (["annotations"], del_, ["'annotations'", "missing"]),
@@ -350,24 +350,24 @@ del_ = object()
         (["categories", 0, "id"], 3, ["category id 3", "more than once"]),
     ],
 )
-def test_bad_fields_are_named(make, changed, value, words):
-    data = copy.deepcopy(plain([picture(1), picture(2)], [annotation(4)]))
-    change(changed, value)(data)
+def test_bad_fields_are_named(make, path, value, parts):
+    data = copy.deepcopy(coco_dict([image_entry(1), image_entry(2)], [annotation(4)]))
+    change(path, value)(data)
     with pytest.raises(UserError) as caught:
         make(data)
     message = str(caught.value)
     assert "instances.json" in message and "\n" not in message
-    assert all(word in message for word in words), message
+    assert all(part in message for part in parts), message
 
 
 def test_bad_files_are_named(make, tmp_path):
-    data = plain([picture(i) for i in (1, 2, 3)], [annotation()])
+    data = coco_dict([image_entry(i) for i in (1, 2, 3)], [annotation()])
     make(data)
     images, file, transforms = tmp_path / "images", tmp_path / "instances.json", None
-    with pytest.raises(UserError, match="nowhere: cannot be listed"):
-        CocoDetection(tmp_path / "nowhere", file, transforms)
-    with pytest.raises(UserError, match=r"nothing\.json: cannot be read"):
-        CocoDetection(images, tmp_path / "nothing.json", transforms)
+    with pytest.raises(UserError, match="absent: cannot be listed"):
+        CocoDetection(tmp_path / "absent", file, transforms)
+    with pytest.raises(UserError, match=r"absent\.json: cannot be read"):
+        CocoDetection(images, tmp_path / "absent.json", transforms)
     for name in ("2.png", "3.png"):
         (images / name).unlink()
     with pytest.raises(UserError, match=r"2\.png: no such file; 2 of the 3 images") as caught:
@@ -380,7 +380,9 @@ def test_bad_files_are_named(make, tmp_path):
 
 
 def test_images_in_subdirectories(make, tmp_path):
-    data = plain([picture(1, file_name="a/1.png"), picture(2, file_name="b/1.png")], [annotation()])
+    data = coco_dict(
+        [image_entry(1, file_name="a/1.png"), image_entry(2, file_name="b/1.png")], [annotation()]
+    )
     assert len(make(data)) == 2
     (tmp_path / "images" / "b" / "1.png").unlink()
     with pytest.raises(UserError, match=r"b/1\.png: no such file; 1 of"):
@@ -388,7 +390,7 @@ def test_images_in_subdirectories(make, tmp_path):
 
 
 def test_class_map_of_another_data_set(make, caplog):
-    data = plain([picture()], [annotation()])
+    data = coco_dict([image_entry()], [annotation()])
     own = ClassMap.from_categories([{"id": 3, "name": "Dog"}, {"id": 9, "name": "cow"}])
     assert make(data, class_map=own)[0][1]["labels"].tolist() == [0] and not caplog.records
     make(data, class_map=ClassMap.from_categories([{"id": 3, "name": "cat"}]))
@@ -414,24 +416,24 @@ def same(a, b):
     return [x[0].shape == y[0].shape and torch.equal(x[0], y[0]) for x, y in pairs]
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_alone(make):
-    data = plain([picture(i) for i in range(8)], [annotation(i, i) for i in range(8)])
+def test_augmentation_depends_only_on_seed_epoch_and_index(make):
+    data = coco_dict([image_entry(i) for i in range(8)], [annotation(i, i) for i in range(8)])
     dataset = make(data, train=True, seed=3, transforms=AUGMENT)
     torch.manual_seed(0)
     first = augmented(dataset)
     state = torch.get_rng_state()
     dataset[0]
-    assert torch.equal(state, torch.get_rng_state())  # others' randomness is left alone
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is untouched
     torch.manual_seed(1)
     assert all(same(first, augmented(dataset, num_workers=2)))
     assert all(same(first, [dataset[i] for i in range(8)]))
     assert not all(same(first, augmented(make(data, train=True, seed=4, transforms=AUGMENT))))
     shapes = {tuple(image.shape) for image, _ in first}
-    assert len(shapes) > 3  # the images differ among themselves
+    assert len(shapes) > 3  # the images differ from each other
 
 
-def test_workers_that_live_on_learn_of_the_epoch(make):
-    data = plain([picture(i) for i in range(8)], [annotation(i, i) for i in range(8)])
+def test_persistent_workers_follow_the_epoch(make):
+    data = coco_dict([image_entry(i) for i in range(8)], [annotation(i, i) for i in range(8)])
     dataset = make(data, train=True, transforms=AUGMENT)
     loader = DataLoader(
         dataset, num_workers=1, persistent_workers=True, collate_fn=lambda batch: batch[0]
@@ -456,7 +458,7 @@ def config(root, **changes):
 
 
 def test_build_dataset(tmp_path):
-    data = plain([picture(1), picture(2)], [annotation()])
+    data = coco_dict([image_entry(1), image_entry(2)], [annotation()])
     (tmp_path / "annotations").mkdir()
     names = {"train": "instances_train2017", "val": "instances_val2017"}
     for split, name in {**names, "test": "image_info_test-dev2017"}.items():

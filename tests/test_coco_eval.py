@@ -1,4 +1,4 @@
-"""COCO evaluation: figures worked out by hand, and agreement with pycocotools used directly."""
+"""COCO evaluation: metrics computed by hand, and agreement with direct use of pycocotools."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from datasets.coco import CocoDetection
 from datasets.coco_eval import CocoEvaluator
 
 CATEGORIES = [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}]  # labels 0 and 1
-ONE, ONES = pytest.approx(1), pytest.approx([1] * 5)  # COCOeval adds a tiny number to denominators
+ONE, ONES = pytest.approx(1), pytest.approx([1] * 5)  # COCOeval adds an epsilon to denominators
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def found(*rows):
 
 
 def plain_stats(data, detections, image_ids=None):
-    """What pycocotools says, used as its manual has it."""
+    """Stats of pycocotools, used as documented."""
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = json.loads(json.dumps(data))
@@ -62,24 +62,24 @@ def test_perfect_detections(make):
     evaluator.update({1: found((0.9, 0, 10, 20, 110, 140)), 2: found((0.3, 1, 5, 5, 25, 25))})
     stats = evaluator.summarize()
     assert len(stats) == 12 and stats[:4] + stats[5:6] == ONES
-    assert stats[4] == -1  # no object of medium size
+    assert stats[4] == -1  # no medium objects
     assert evaluator.per_class() == pytest.approx({"dog": 1, "cat": 1})
 
 
 def test_half_of_the_objects(make):
     evaluator = make([truth((0, 0, 50, 50)), truth((100, 100, 50, 50))])
     evaluator.update({1: found((0.9, 0, 0, 0, 50, 50))})
-    # Precision 1 up to recall 0.5: 51 of the 101 points of the curve.
+    # Precision 1 up to recall 0.5: 51 of the curve's 101 points.
     assert evaluator.summarize()[0] == pytest.approx(51 / 101)
 
 
-def test_a_false_alarm_first_halves_the_precision(make):
+def test_higher_scored_false_positive_halves_the_ap(make):
     evaluator = make([truth((0, 0, 50, 50))])
     evaluator.update({1: found((0.9, 0, 100, 100, 150, 150), (0.8, 0, 0, 0, 50, 50))})
     assert evaluator.summarize()[0] == pytest.approx(0.5)
 
 
-def test_a_second_box_on_an_object_is_a_false_alarm(make):
+def test_duplicate_detection_is_a_false_positive(make):
     evaluator = make([truth((0, 0, 50, 50)), truth((100, 100, 50, 50))])
     boxes = ((0, 0, 50, 50), (0, 0, 50, 50), (100, 100, 150, 150))
     evaluator.update({1: found(*((0.9 - i / 10, 0, *box) for i, box in enumerate(boxes)))})
@@ -87,13 +87,13 @@ def test_a_second_box_on_an_object_is_a_false_alarm(make):
     assert evaluator.summarize()[0] == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
-def test_overlap_decides_at_which_thresholds_a_box_counts(make):
+def test_iou_decides_the_thresholds_a_box_meets(make):
     evaluator = make([truth((0, 0, 100, 100))])
     evaluator.update({1: found((0.9, 0, 0, 0, 62, 100))})  # IoU 0.62: over 0.5, 0.55 and 0.6
     assert evaluator.summarize()[:3] == pytest.approx([0.3, 1, 0])
 
 
-def test_classes_are_averaged_and_the_empty_ones_left_out(make):
+def test_ap_averages_only_classes_with_objects(make):
     annotations = [truth((0, 0, 50, 50)), truth((100, 100, 50, 50), category_id=7)]
     evaluator = make(annotations)
     evaluator.update({1: found((0.9, 0, 0, 0, 50, 50), (0.9, 0, 100, 100, 150, 150))})
@@ -104,7 +104,7 @@ def test_classes_are_averaged_and_the_empty_ones_left_out(make):
     assert evaluator.summarize()[0] == ONE and evaluator.per_class() == {"dog": ONE}
 
 
-def test_boxes_in_a_crowd_are_no_false_alarms(make):
+def test_boxes_in_a_crowd_are_not_false_positives(make):
     for crowd in (0, 1):
         evaluator = make([truth((0, 0, 50, 50)), truth((100, 0, 100, 200), iscrowd=crowd)])
         rows = [(0.9, 0, 110, y, 130, y + 20) for y in (0, 50, 100)]
@@ -114,7 +114,7 @@ def test_boxes_in_a_crowd_are_no_false_alarms(make):
 
 
 def random_case(generator, images=12):
-    """Annotations and detections of which some hit."""
+    """Annotations and detections, some of which match."""
     annotations, results = [], {}
     for image_id in range(1, images + 1):
         rows = []
@@ -144,7 +144,7 @@ def test_agrees_with_pycocotools(make):
         data["categories"] = CATEGORIES
         stats = evaluator.summarize()
         assert stats == plain_stats(data, evaluator.detections) and 0 < stats[0] < 1
-        # Rounding costs nothing: the same with every digit that float32 has.
+        # Rounding is harmless: unrounded float32 values give the same.
         exact = [
             {"image_id": i, "category_id": (3, 7)[label], "score": score}
             | {"bbox": [x0, y0, x1 - x0, y1 - y0]}
@@ -157,7 +157,7 @@ def test_agrees_with_pycocotools(make):
         assert len(evaluator.detections) == len(exact)
 
 
-def test_only_the_updated_images_count_and_processes_can_be_joined(make):
+def test_only_updated_images_count_and_results_can_be_merged(make):
     annotations, results = random_case(np.random.default_rng(1))
     data = {"images": [{"id": i} for i in range(1, 13)], "annotations": annotations}
     data["categories"] = CATEGORIES
@@ -172,7 +172,7 @@ def test_only_the_updated_images_count_and_processes_can_be_joined(make):
     assert first.summarize() == whole.summarize()
 
 
-def test_table_is_the_standard_one_and_nothing_is_printed(make, capfd):
+def test_table_has_the_standard_format_and_is_not_printed(make, capfd):
     evaluator = make([truth((0, 0, 50, 50))])
     evaluator.update({1: found((0.9, 0, 0, 0, 50, 50))})
     evaluator.summarize()
@@ -196,16 +196,16 @@ def test_images_without_objects(make):
     evaluator = make([truth((0, 0, 50, 50))], (1, 2))
     evaluator.update({1: found((0.9, 0, 0, 0, 50, 50)), 2: found()})
     assert evaluator.summarize()[0] == ONE
-    evaluator.update({2: found((0.95, 0, 0, 0, 50, 50))})  # a false alarm there counts
+    evaluator.update({2: found((0.95, 0, 0, 0, 50, 50))})  # a false positive there counts
     assert evaluator.summarize()[0] == pytest.approx(0.5)
     evaluator.results = {2: evaluator.results[2]}
     assert evaluator.summarize() == [-1] * 12 and evaluator.per_class() == {}
 
 
-def test_sparse_and_unsound_annotations(make):
+def test_incomplete_and_invalid_annotations(make):
     nan = float("nan")
     annotations = [
-        truth((0, 0, 50, 50), id=0),  # an id that COCOeval would take for "unmatched"
+        truth((0, 0, 50, 50), id=0),  # COCOeval treats id 0 as "unmatched"
         truth((100, 100, 50, 50), id=0, area=nan),
         truth((0, 100, 40, 40)),
         truth((nan, 0, 50, 50)),
@@ -215,13 +215,13 @@ def test_sparse_and_unsound_annotations(make):
     boxes = ((0, 0, 50, 50), (100, 100, 150, 150), (0, 100, 40, 140))
     evaluator.update({1: found(*((0.9, 0, *box) for box in boxes))})
     stats = evaluator.summarize()
-    assert stats[0] == stats[4] == ONE  # all three are of medium size
+    assert stats[0] == stats[4] == ONE  # all three are medium
     annotations = evaluator.dataset.ground_truth({1})["annotations"]
     assert [a["area"] for a in annotations] == [2500, 2500, 1600]
     assert [a["iscrowd"] for a in annotations] == [0, 0, 0]
 
 
-def test_detections_that_are_not_finite_match_nothing(make):
+def test_nonfinite_detections_are_dropped(make):
     nan = float("nan")
     evaluator = make([truth((0, 0, 50, 50))])
     evaluator.update({1: found((0.9, 0, nan, nan, nan, nan), (nan, 0, 0, 0, 50, 50))})

@@ -85,7 +85,7 @@ def test_command_lines(line: str, expected: dict):
         ("--options num_querys=5", "unknown option num_querys; did you mean num_queries?"),
         ("--options num_queries", "not of the form name=value"),
         ("-m dn_dab_dter", "did you mean dn_dab_detr?"),
-        ("--modelname nothing", "no model nothing"),
+        ("--modelname absent", "no model absent"),
         ("--lr fast", "lr: 'fast' is not a number"),
         ("--epochs 0", "epochs: 0 is less than 1"),
         ("--batch_size 0", "batch_size: 0 is less than 1"),
@@ -111,7 +111,7 @@ def test_command_lines(line: str, expected: dict):
         ("--lr", "expected one argument"),
     ],
 )
-def test_mistakes_are_one_clear_line(line: str, message: str):
+def test_errors_are_one_clear_line(line: str, message: str):
     with pytest.raises(UserError) as error:
         parse(line)
     assert message in str(error.value)
@@ -131,7 +131,7 @@ def test_unknown_key_in_a_file_is_named(tmp_path: Path):
         load_config(path)
 
 
-def test_of_several_bases_the_later_is_over_the_earlier(tmp_path: Path):
+def test_later_base_overrides_earlier(tmp_path: Path):
     (tmp_path / "a.py").write_text("lr = 1e-3\nepochs = 7\n")
     (tmp_path / "b.py").write_text("epochs = 8\nbatch_size = 3\n")
     (tmp_path / "c.py").write_text("_base_ = ['a.py', 'b.py']\nbatch_size = 4\n")
@@ -149,7 +149,7 @@ def test_help_explains_every_option():
         assert name in text
 
 
-def test_mistake_exits_with_status_2():
+def test_error_exits_with_status_2():
     command = [sys.executable, "main.py", "--epochs", "0"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
@@ -157,7 +157,7 @@ def test_mistake_exits_with_status_2():
 
 
 @pytest.mark.parametrize(
-    ("words", "selection"),
+    ("line", "selection"),
     [
         ("-m dn_dab_dino_deformable_detr --two_stage --contrastive --use_mqs --use_lft", "mixed"),
         ("-m dn_dab_dino_deformable_detr --two_stage --use_mqs FALSE", "pure"),
@@ -169,14 +169,14 @@ def test_mistake_exits_with_status_2():
         ("-c configs/dino_4scale_r50.py --options two_stage_type=standard", "mixed"),
     ],
 )
-def test_released_switches_of_query_selection(words, selection):
-    assert parse_command_line(words.split()).query_selection == selection
+def test_released_query_selection_switches(line, selection):
+    assert parse_command_line(line.split()).query_selection == selection
 
 
-def test_published_command_of_dino_in_dn_detr_s_code():
-    words = (
+def test_published_dino_command_of_dn_detr():
+    line = (
         "-m dn_dab_dino_deformable_detr --two_stage --contrastive --use_mqs --use_lft"
         " --scalar 100 --use_dn"
     )
-    cfg = parse_command_line(words.split())
+    cfg = parse_command_line(line.split())
     assert cfg == load_config("configs/dn_dab_dino_deformable_detr_r50.py")

@@ -1,4 +1,4 @@
-"""Boxes, matching and losses against their definitions written out."""
+"""Boxes, matching and losses against their written-out definitions."""
 
 import itertools
 
@@ -48,7 +48,7 @@ def test_giou_equals_torchvision():
     torch.testing.assert_close(generalized_box_iou(a[:30], b), expected.diagonal())
 
 
-def test_degenerate_boxes_assert_nothing():
+def test_degenerate_boxes_raise_no_error():
     point = torch.zeros(1, 4)
     assert generalized_box_iou(point, point).isfinite().all()
     assert generalized_box_iou(point, torch.full((1, 4), torch.nan)).isnan().all()
@@ -59,8 +59,8 @@ def test_degenerate_boxes_assert_nothing():
 def test_inverse_sigmoid():
     x = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     torch.testing.assert_close(inverse_sigmoid(x).sigmoid(), x)
-    ends = inverse_sigmoid(torch.tensor([-1.0, 0.0, 1.0, 2.0]))
-    torch.testing.assert_close(ends, torch.tensor([-1, -1, 1, 1]) * torch.log(torch.tensor(1e3)))
+    clamped = inverse_sigmoid(torch.tensor([-1.0, 0.0, 1.0, 2.0]))
+    torch.testing.assert_close(clamped, torch.tensor([-1, -1, 1, 1]) * torch.log(torch.tensor(1e3)))
 
 
 def pair_cost(logit: torch.Tensor, box: torch.Tensor, label: int, target: torch.Tensor) -> float:
@@ -72,7 +72,7 @@ def pair_cost(logit: torch.Tensor, box: torch.Tensor, label: int, target: torch.
     return float(2 * (positive - negative) + 5 * l1 - 2 * torchvision_giou(a, b)[0, 0])
 
 
-def test_matching_is_the_cheapest():
+def test_matching_has_the_lowest_cost():
     """Against all permutations, for every layer and image."""
     torch.manual_seed(0)
     logits, boxes, targets = torch.randn(L, B, Q, C), random_boxes(L, B, Q), make_targets(3, 2)
@@ -112,7 +112,7 @@ def test_nonfinite_predictions_are_matched_last(bad: float):
     assert {3, 4} <= set(matched[0].tolist())
 
 
-def test_losses_are_their_definitions():
+def test_losses_equal_their_definitions():
     torch.manual_seed(0)
     logits, boxes, targets = torch.randn(L, B, Q, C), random_boxes(L, B, Q), make_targets(3, 1)
     names = [f"loss_{k}{i}" for k in ("ce", "bbox", "giou") for i in ("", "_0", "_1")]
@@ -121,17 +121,17 @@ def test_losses_are_their_definitions():
     assert set(losses) == {*names, "class_error", "cardinality_error"}
     matched = MATCHER(logits, boxes, targets)
     for layer in range(L):
-        wanted = torch.zeros(B, Q, C)
+        onehot = torch.zeros(B, Q, C)
         bbox = giou = 0.0
         objects = [(i, j) for i, t in enumerate(targets) for j in range(len(t["labels"]))]
         for (i, j), query in zip(objects, matched[layer].tolist(), strict=True):
-            wanted[i, query, targets[i]["labels"][j]] = 1
+            onehot[i, query, targets[i]["labels"][j]] = 1
             pair = boxes[layer, i, query], targets[i]["boxes"][j]
             bbox = bbox + (pair[0] - pair[1]).abs().sum()
             giou = giou + 1 - torchvision_giou(*(corners(b[None]) for b in pair))[0, 0]
         p = logits[layer].sigmoid()
-        ce = -(0.25 * wanted * (1 - p) ** 2 * p.log()).sum()
-        ce -= (0.75 * (1 - wanted) * p**2 * (1 - p).log()).sum()
+        ce = -(0.25 * onehot * (1 - p) ** 2 * p.log()).sum()
+        ce -= (0.75 * (1 - onehot) * p**2 * (1 - p).log()).sum()
         suffix = "" if layer == L - 1 else f"_{layer}"
         torch.testing.assert_close(losses[f"loss_ce{suffix}"], ce / 4)
         torch.testing.assert_close(losses[f"loss_bbox{suffix}"], bbox / 4)
@@ -156,7 +156,7 @@ def test_criterion_and_standalone_denoising_losses_agree():
 
 
 def test_a_term_applies_to_its_parts_only():
-    """A term of the user's own, for the decoder alone."""
+    """A custom term, for the decoder only."""
     count = lambda assignment: assignment.found.sum(1)
     term = LossTerm("loss_count", "cls_loss_coef", count, parts=("decoder",))
     torch.manual_seed(0)
@@ -171,7 +171,7 @@ def test_a_term_applies_to_its_parts_only():
 
 
 def test_loss_of_nonfinite_predictions_is_nonfinite():
-    """The criterion reports it, asserts nothing: stopping is the training loop's business."""
+    """The criterion raises no error: stopping is up to the training loop."""
     logits = nn.Parameter(torch.randn(1, 1, Q, C))
     boxes = torch.full((1, 1, Q, 4), torch.nan)
     criterion = SetCriterion(MATCHER, TERMS, {"loss_bbox": 1.0})
@@ -180,7 +180,7 @@ def test_loss_of_nonfinite_predictions_is_nonfinite():
     assert losses["loss_ce"].isfinite()
 
 
-def test_perfect_predictions_cost_nothing():
+def test_perfect_predictions_have_no_loss():
     targets = make_targets(2)
     logits = torch.full((1, 1, Q, C), -20.0)
     boxes = random_boxes(1, 1, Q)
@@ -192,7 +192,7 @@ def test_perfect_predictions_cost_nothing():
 
 
 def test_matching_log_counts_changed_queries_and_measures_anchors():
-    """Two decoder layers, three queries, by hand; the second image has no object."""
+    """Two decoder layers, three queries, by hand; the second image has no objects."""
     box = lambda *centre: [*centre, 0.2, 0.2]
     targets = [
         {"labels": torch.tensor([0, 1]), "boxes": torch.tensor([box(0.2, 0.2), box(0.8, 0.8)])},
@@ -201,7 +201,7 @@ def test_matching_log_counts_changed_queries_and_measures_anchors():
     for image_id, target in zip((7, 9), targets, strict=True):
         target["image_id"] = torch.tensor(image_id)
     near = torch.tensor([box(0.2, 0.2), box(0.8, 0.8), box(0.5, 0.5)])
-    turned = near[[1, 0, 2]]  # the first two queries have changed places
+    swapped = near[[1, 0, 2]]
     layers = lambda *boxes: [
         {"pred_logits": torch.zeros(2, 3, 2), "pred_boxes": b.expand(2, -1, -1)} for b in boxes
     ]
@@ -219,11 +219,11 @@ def test_matching_log_counts_changed_queries_and_measures_anchors():
     assert summary == pytest.approx({"anchor_distance_0": 0.04, "anchor_distance": 0.0}, abs=1e-6)
 
     after = MatchingLog(MATCHER, before.matches)
-    after.update(outputs(near, turned), targets)
+    after.update(outputs(near, swapped), targets)
     summary = after.summary()
-    assert summary["matching_instability_0"] == 0  # of two images
-    assert summary["matching_instability"] == (2 + 0) / 2
-    assert summary["anchor_distance"] == pytest.approx(1.2)  # |dx| + |dy| from the other's place
+    assert summary["matching_instability_0"] == 0
+    assert summary["matching_instability"] == (2 + 0) / 2  # over two images
+    assert summary["anchor_distance"] == pytest.approx(1.2)  # |dx| + |dy| between the two
 
 
 def test_matching_log_with_more_objects_than_queries():

@@ -92,11 +92,11 @@ def test_evaluation_gives_boxes_for_every_image(config):
 
 
 @pytest.mark.parametrize("forward_twice", [True, False])
-def test_look_forward_twice_lets_a_layer_train_the_one_before(forward_twice):
+def test_look_forward_twice_trains_the_previous_layer(forward_twice):
     model, _, _ = build(
         "dino_4scale_r50", look_forward_twice=forward_twice, dec_pred_bbox_embed_share=False
     )
-    for head in model.bbox_embed:  # a head that begins at zero passes nothing on
+    for head in model.bbox_embed:  # a zero-initialised head passes no gradient on
         torch.nn.init.normal_(head.layers[-1].weight, std=0.1)
     images, _ = make_batch()
     outputs = model(images)
@@ -159,7 +159,7 @@ def make_tokens() -> LevelTokens:
     return LevelTokens.of_levels(features, masks, positions, torch.zeros(2, 16))
 
 
-def test_proposals_lie_on_their_tokens():
+def test_proposals_are_centred_on_their_tokens():
     tokens = make_tokens()
     anchors, usable = proposals(tokens)
     boxes = anchors.sigmoid()
@@ -179,7 +179,7 @@ def test_proposals_lie_on_their_tokens():
     assert token == boxes.shape[1]
 
 
-def test_best_tokens_are_selected_and_padding_never_among_enough_others():
+def test_best_tokens_are_selected():
     tokens = make_tokens()
     memory = torch.randn(2, 60, 16)
     class_head, box_head = torch.nn.Linear(16, 3), torch.nn.Linear(16, 4)
@@ -212,7 +212,7 @@ def test_number_of_contrastive_groups(number, groups):
     assert mask.shape == (dn.num_queries + 4,) * 2
 
 
-def test_positives_are_near_and_negatives_further_off():
+def test_positives_are_nearer_than_negatives():
     targets, (_, anchors, _, dn) = prepare(prepare_for_cdn, num_denoising=600, box_noise_scale=0.4)
     noisy = box_convert(anchors.sigmoid()[:, : dn.num_queries], "cxcywh", "xyxy")
     true, size = box_convert(dn.boxes, "cxcywh", "xyxy"), dn.boxes[:, 2:].repeat(1, 2) / 2 * 0.4
@@ -225,19 +225,19 @@ def test_positives_are_near_and_negatives_further_off():
     assert dn.labels.tolist() == [label for t in targets for label in t["labels"].tolist()] * 100
 
 
-def test_dn_detr_s_own_code_agrees_for_one_image():
+def test_dn_detr_variant_agrees_for_one_image():
     noise = {"num_denoising": 100, "label_noise_ratio": 0.0, "box_noise_scale": 0.0}
     torch.manual_seed(0)
     _, (content, anchors, mask, dn) = prepare(prepare_for_cdn, (3,), **noise)
     torch.manual_seed(0)
-    _, (own_content, own_anchors, own_mask, own) = prepare(
+    _, (other_content, other_anchors, other_mask, other) = prepare(
         prepare_for_cdn_of_dn_detr, (3,), **noise
     )
-    assert torch.equal(anchors, own_anchors) and torch.equal(mask, own_mask)
-    assert torch.equal(own.labels, dn.labels) and torch.equal(own.boxes, dn.boxes)
-    for ours, theirs in zip((*dn.to_label, *dn.to_box), (*own.to_label, *own.to_box), strict=True):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(content[dn.to_label], own_content[own.to_label])
+    assert torch.equal(anchors, other_anchors) and torch.equal(mask, other_mask)
+    assert torch.equal(other.labels, dn.labels) and torch.equal(other.boxes, dn.boxes)
+    for ours, theirs in ((dn.to_label, other.to_label), (dn.to_box, other.to_box)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(content[dn.to_label], other_content[other.to_label])
 
 
 # Backbones
@@ -248,7 +248,7 @@ def make_swin(use_checkpoint: bool = False) -> Swin:
     return Swin(options, [2, 3, 4])
 
 
-def test_swin_takes_any_size_and_computes_twice_to_the_same_end():
+def test_swin_accepts_any_size_and_recomputation_agrees():
     images = nested_tensor_from_tensor_list([torch.randn(3, 61, 83), torch.randn(3, 50, 90)])
     torch.manual_seed(0)
     swin = make_swin(use_checkpoint=True).train()
@@ -276,8 +276,8 @@ def test_swin_takes_any_size_and_computes_twice_to_the_same_end():
 @pytest.mark.parametrize("size", [(14, 21), (7, 17), (5, 3), (12, 7)])
 @pytest.mark.parametrize("shift", [0, 3])
 def test_swin_attends_in_released_windows(size, shift):
-    """Against attention among all pixels at once: padded, then moved by `shift` even where there is
-    one window only, and split where the moved map's ends meet."""
+    """Against masked attention among all pixels: padded, then shifted even if there is only one
+    window, and split where opposite edges of the shifted map meet."""
     torch.manual_seed(0)
     dim, heads, window = 8, 2, 7
     block = Block(dim, heads, window, shift, drop_path=0.0).eval()
@@ -287,24 +287,25 @@ def test_swin_attends_in_released_windows(size, shift):
     padded = [math.ceil(n / window) * window for n in size]
     content = torch.zeros(2, *padded, dim)
     content[:, : size[0], : size[1]] = block.norm1(x)
-    moved = [(torch.arange(n) - shift) % n for n in padded]
-    part = [(m >= n - window).int() + (m >= n - shift) for m, n in zip(moved, padded, strict=True)]
-    grid = lambda ends: torch.cartesian_prod(*ends)  # (y, x) of every pixel
-    same_window = (grid(moved)[:, None] // window == grid(moved) // window).all(-1)
-    same_part = (grid(part)[:, None] == grid(part)).all(-1)
-    y, x_ = (grid(moved)[:, None] % window - grid(moved) % window + window - 1).unbind(-1)
+    shifted = [(torch.arange(n) - shift) % n for n in padded]
+    ends = zip(shifted, padded, strict=True)
+    region = [(m >= n - window).int() + (m >= n - shift) for m, n in ends]
+    grid = lambda axes: torch.cartesian_prod(*axes)  # (y, x) of every pixel
+    same_window = (grid(shifted)[:, None] // window == grid(shifted) // window).all(-1)
+    same_region = (grid(region)[:, None] == grid(region)).all(-1)
+    y, x_ = (grid(shifted)[:, None] % window - grid(shifted) % window + window - 1).unbind(-1)
     bias = block.attn.relative_position_bias_table[y * (2 * window - 1) + x_].permute(2, 0, 1)
     qkv = block.attn.qkv(content.flatten(1, 2)).unflatten(-1, (3, heads, -1))
     query, key, value = qkv.unbind(2)
     logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * (dim // heads) ** -0.5 + bias
-    weights = logits.masked_fill(~(same_window & same_part), -torch.inf).softmax(-1)
+    weights = logits.masked_fill(~(same_window & same_region), -torch.inf).softmax(-1)
     attended = torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2).unflatten(1, padded)
     expected = x + block.attn.proj(attended)[:, : size[0], : size[1]]
     expected = expected + block.mlp(block.norm2(expected))
     torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_swin_begins_with_its_authors_file(tmp_path):
+def test_swin_loads_the_authors_file(tmp_path):
     torch.manual_seed(0)
     swin, other = (make_swin() for _ in range(2))
     with pytest.raises(UserError, match=r"swin_tiny_patch4_window7_224.pth is not there.*backbone"):
@@ -321,7 +322,7 @@ def test_swin_begins_with_its_authors_file(tmp_path):
         load_backbone(swin, "swin_T_224_1k", str(tmp_path / "short.pth"))
 
 
-def test_convnext_agrees_with_timm_and_trains_whole(monkeypatch):
+def test_convnext_agrees_with_timm_and_fully_trains(monkeypatch):
     monkeypatch.setitem(convnext.VARIANTS, "small", convnext.Variant(8, (1, 2, 1, 1), ""))
     torch.manual_seed(0)
     options = ModelOptions(backbone="small", use_checkpoint=True)
@@ -356,22 +357,22 @@ def test_parts_of_a_backbone_can_be_frozen():
     assert {name.split(".")[0] for name in frozen} == {"patch_embed", "layers"}
 
 
-def test_dilation_of_a_swin_is_refused():
+def test_dilated_swin_is_rejected():
     with pytest.raises(UserError, match="swin_T_224_1k has no dilated last stage"):
         build("dino_4scale_r50", backbone="swin_T_224_1k", dilation=True)
 
 
-def test_options_that_a_model_cannot_have_are_refused():
+def test_unsupported_options_are_rejected():
     with pytest.raises(UserError, match=r"query_selection.*dn_dab_detr has neither"):
         build("dn_dab_detr_r50", query_selection="mixed")
     with pytest.raises(UserError, match="num_feature_levels: 2 is less than the 3 levels"):
         build("dino_4scale_r50", num_feature_levels=2)
 
 
-# -- first weights, as released; the models are the published ones but for their backbone and width
+# -- initial weights, as released; the models are the published ones, scaled down
 
 
-def first_weights(name: str, **overrides) -> dict[str, torch.Tensor]:
+def initial_weights(name: str, **overrides) -> dict[str, torch.Tensor]:
     small = {"backbone": "resnet18", "enc_layers": 1, "dec_layers": 2, "hidden_dim": 64}
     torch.manual_seed(0)
     cfg = load_config(f"configs/{name}.py", small | {"pretrained_backbone": False} | overrides)
@@ -381,86 +382,85 @@ def first_weights(name: str, **overrides) -> dict[str, torch.Tensor]:
 
 def is_xavier(weight: torch.Tensor) -> bool:
     """Uniform up to sqrt(6 / (rows + columns))."""
-    reach = math.sqrt(6 / sum(weight.flatten(1).shape))
-    spread = weight.std() / (reach / math.sqrt(3))
-    return bool(weight.abs().max() <= reach) and abs(spread - 1) < 0.1
+    bound = math.sqrt(6 / sum(weight.flatten(1).shape))
+    spread = weight.std() / (bound / math.sqrt(3))
+    return bool(weight.abs().max() <= bound) and abs(spread - 1) < 0.1
 
 
 @pytest.mark.parametrize("name", ["dino_4scale_r50", "dn_dab_dino_deformable_detr_r50"])
-def test_learned_content_beside_selected_anchors_begins_xavier(name: str):
-    weights = first_weights(name)
+def test_learned_content_of_selected_anchors_starts_xavier(name: str):
+    weights = initial_weights(name)
     assert is_xavier(weights["transformer.tgt_embed.weight"])
     assert weights["label_enc.weight"].std() == pytest.approx(1, rel=0.1)
     assert all(w.eq(0).all() for k, w in weights.items() if re.search(r"bbox.*layers\.2\.", k))
 
 
-def test_static_queries_begin_normal_but_in_dino():
+def test_static_queries_start_normal_except_in_dino():
     for name, is_dino in (("dino_4scale_r50", True), ("dab_deformable_detr_r50", False)):
-        weights = first_weights(name, query_selection="static")
+        weights = initial_weights(name, query_selection="static")
         for query in ("tgt_embed.weight", "refpoint_embed.weight"):
             assert is_xavier(weights[query]) == is_dino
             assert is_dino or weights[query].std() == pytest.approx(1, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["dab_deformable_detr_r50", "dn_dab_deformable_detr_r50"])
-def test_the_first_box_head_begins_with_small_boxes(name: str):
-    """Of learned queries alone: where they are selected, the tokens' boxes have a size."""
+def test_first_box_head_starts_with_small_boxes(name: str):
+    """For learned queries only: selected anchors already have a size."""
     bias = "bbox_embed.{}.layers.2.bias"
-    weights = first_weights(name)
+    weights = initial_weights(name)
     assert weights[bias.format(0)].tolist() == [0, 0, -2, -2]
     assert weights[bias.format(1)].tolist() == [0, 0, 0, 0]
-    weights = first_weights(name, query_selection="pure")
+    weights = initial_weights(name, query_selection="pure")
     assert weights[bias.format(0)].tolist() == [0, 0, 0, 0]
 
 
-def test_deformable_encoder_only_begins_otherwise():
-    weights = first_weights("dn_dab_deformable_detr_deformable_encoder_only_r50_3pat")
+def test_deformable_encoder_only_initialisation():
+    weights = initial_weights("dn_dab_deformable_detr_deformable_encoder_only_r50_3pat")
     attention = "transformer.encoder.layers.0.self_attn"
     for name in ("sampling_offsets", "attention_weights", "value_proj"):
         assert is_xavier(weights[f"{attention}.{name}.weight"])
-    assert weights[f"{attention}.sampling_offsets.bias"].abs().max() == 4  # points, as elsewhere
+    assert weights[f"{attention}.sampling_offsets.bias"].abs().max() == 4  # n_points, as elsewhere
     assert is_xavier(weights["transformer.patterns.weight"])
     assert weights["transformer.decoder.layers.0.ca_out_v_proj.bias"].eq(0).all()
     for name in ("bbox_embed.layers.2", "input_proj.0.0"):  # PyTorch's default
         fan_in = weights[f"{name}.weight"][0].numel()
         for part in ("weight", "bias"):
             assert 0.3 < weights[f"{name}.{part}"].abs().max() * math.sqrt(fan_in) <= 1
-    other = first_weights("dn_dab_deformable_detr_r50")
+    other = initial_weights("dn_dab_deformable_detr_r50")
     assert other[f"{attention}.sampling_offsets.weight"].eq(0).all()
     assert is_xavier(other["input_proj.0.0.weight"]) and other["input_proj.0.0.bias"].eq(0).all()
 
 
 def test_anchors_spread_over_the_image():
     for name in ("dab_detr_r50", "dn_dab_deformable_detr_r50"):
-        weights = first_weights(name, random_refpoints_xy=True)
+        weights = initial_weights(name, random_refpoints_xy=True)
         centres = weights["refpoint_embed.weight"][:, :2].sigmoid()
-        assert (
-            centres.min() < 0.02 and centres.max() > 0.98
-        )  # logits of a normal reach 0.05 to 0.95
+        # Sigmoids of normal samples span only about 0.05 to 0.95.
+        assert centres.min() < 0.02 and centres.max() > 0.98
         assert centres.std() == pytest.approx(1 / math.sqrt(12), rel=0.1)
 
 
 # -- options of the released config files
 
 
-def test_weights_of_the_selected_tokens_losses():
+def test_interm_loss_weights():
     weights = lambda **options: (
         build_model(load_config("configs/dino_4scale_r50.py", options))[1].weight_dict
     )
-    usual = weights()
-    assert (usual["loss_ce_interm"], usual["loss_bbox_interm"]) == (1, 5)
+    default = weights()
+    assert (default["loss_ce_interm"], default["loss_bbox_interm"]) == (1, 5)
     halved = weights(interm_loss_coef=0.5)
-    changed = {k: v for k, v in halved.items() if usual[k] != v}
+    changed = {k: v for k, v in halved.items() if default[k] != v}
     assert changed == {
         f"loss_{k}_interm": v for k, v in {"ce": 0.5, "bbox": 2.5, "giou": 1}.items()
     }
     classes = weights(no_interm_box_loss=True)
-    changed = {k: v for k, v in classes.items() if usual[k] != v}
+    changed = {k: v for k, v in classes.items() if default[k] != v}
     assert changed == {"loss_bbox_interm": 0, "loss_giou_interm": 0}
 
 
-def test_dino_without_contrastive_denoising_has_as_many_queries():
-    """Not 100 groups of all the objects of an image."""
+def test_non_contrastive_dino_has_similarly_many_queries():
+    """Not 100 groups of all an image's objects."""
     small = {"backbone": "resnet18", "pretrained_backbone": False, "hidden_dim": 32, "nheads": 4}
     small |= {"num_queries": 10, "enc_layers": 1, "dec_layers": 1}
     targets = [{"labels": torch.zeros(40, dtype=torch.int64), "boxes": torch.rand(40, 4)}]

@@ -1,4 +1,4 @@
-"""Several real processes, started by torchrun, that do what one does."""
+"""Several real processes give the same results as one."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from util.checkpoint import read_checkpoint
 from util.config import parse_command_line
 from util.distributed import join_processes, leave_processes
 
-# No noise, whose random numbers depend on the process, and no batch statistics.
+# Neither noise, whose random numbers differ between processes, nor batch statistics.
 PLAIN = ["--batch_norm_type", "FrozenBatchNorm2d", "--use_dn", "--dn_label_noise_ratio", "0"]
 PLAIN += ["--dn_box_noise_scale", "0", "--onecyclelr", "FALSE", "--fix_size"]
 
@@ -45,11 +45,11 @@ def launch(processes: int, args: list[str], **kwargs) -> subprocess.Popen:
 
 
 def run_both(pair: Pair, args: list[str], tmp_path: Path) -> None:
-    """`main` in two processes that are there already, which is faster than torchrun's."""
-    meeting = tmp_path / f"meet{len(list(tmp_path.glob('meet*')))}"  # a new one each time
-    args = [*args, "--dist_url", f"file://{meeting}"]
+    """`main` in two running processes, which is faster than torchrun."""
+    store = tmp_path / f"store{len(list(tmp_path.glob('store*')))}"  # a new one each time
+    args = [*args, "--dist_url", f"file://{store}"]
     assert pair.call(main, args, args) == [0, 0]
-    meeting.touch()
+    store.touch()
 
 
 def run(processes: int, args: list[str]) -> str:
@@ -61,13 +61,13 @@ def run(processes: int, args: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 training images, 5 steps of 4, and 7 to evaluate, which no 2 processes share evenly."""
+    """20 training images, 5 steps of 4, and 7 to evaluate, not divisible by 2 or 3."""
     return make_toy_coco(tmp_path_factory.mktemp("toy"), num_train=20, num_val=7, size=64)
 
 
 @pytest.fixture(scope="module")
 def squares(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with all images of one size: no padding, which would depend on the batch."""
+    """The same with images of one size, as padding would depend on the batch."""
     root = tmp_path_factory.mktemp("squares") / "coco"
     shutil.copytree(data, root)
     for path in root.glob("annotations/instances_*.json"):
@@ -88,9 +88,9 @@ def arguments(data: Path, out: Path, batch_size: int, *more: str) -> list[str]:
     return [*args, "--batch_size", str(batch_size), "--epochs", "1", *more]
 
 
-def test_two_processes_equal_one_of_twice_the_batch(pair: Pair, squares: Path, tmp_path: Path):
-    """And so do accumulated batches: losses of 5 steps within 0.1%, weights on average within 2% of
-    a step's length. But for DN-DETR's division of the denoising losses, process by process."""
+def test_two_processes_equal_one_with_twice_the_batch(pair: Pair, squares: Path, tmp_path: Path):
+    """As do accumulated batches: losses of 5 steps within 0.1%, weights on average within 2% of a
+    step. Does not hold for DN-DETR's per-process normalisation of denoising losses."""
     one, two, accumulated = (tmp_path / name for name in ("one", "two", "accumulated"))
     mean = ["--dn_num_boxes", "mean"]
     assert main(arguments(squares, one, 4, *mean)) == 0
@@ -101,12 +101,12 @@ def test_two_processes_equal_one_of_twice_the_batch(pair: Pair, squares: Path, t
     for other in (two, accumulated):
         weights = read_checkpoint(other / "checkpoint.pth")["model"]
         error = torch.cat([(weights[k] - v).abs().flatten() for k, v in expected.items()])
-        # AdamW's first steps are lr long however small a gradient is, so where it is next to
-        # nothing, float error turns whole steps; on average it must not matter.
+        # AdamW's first steps have length lr for any gradient, so rounding errors flip steps where
+        # it nearly vanishes; on average this must not matter.
         assert error.mean() < 0.02 * lr, error.mean()
-        mine, theirs = read_log(other)[0], read_log(one)[0]
-        for key in (k for k in theirs if k.startswith("train_loss")):
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-3), key
+        log, reference = read_log(other)[0], read_log(one)[0]
+        for key in (k for k in reference if k.startswith("train_loss")):
+            assert log[key] == pytest.approx(reference[key], rel=1e-3, abs=1e-3), key
 
 
 def test_evaluation_does_not_depend_on_the_number_of_processes(
@@ -124,14 +124,14 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(
             run_both(pair, args, tmp_path)
         else:
             run(processes, args)
-        figures = json.loads((out / "eval.json").read_text())["test_coco_eval_bbox"]
-        results.append((figures, json.loads((out / "results.json").read_text())))
+        metrics = json.loads((out / "eval.json").read_text())["test_coco_eval_bbox"]
+        results.append((metrics, json.loads((out / "results.json").read_text())))
     assert results[0] == results[1] == results[2]
     assert len({d["image_id"] for d in results[0][1]}) == 7
 
 
 def count_evaluations(argv: list[str]) -> tuple[int, int]:
-    """The exit status of `main`, and how often pycocotools evaluated."""
+    """The exit status of `main` and its number of COCO evaluations."""
     with patch.object(COCOeval, "evaluate", autospec=True, side_effect=COCOeval.evaluate) as spy:
         return main(argv), spy.call_count
 
@@ -139,23 +139,24 @@ def count_evaluations(argv: list[str]) -> tuple[int, int]:
 def test_coco_evaluation_runs_once_in_two_processes(pair: Pair, data: Path, tmp_path: Path):
     assert main(arguments(data, tmp_path / "run", 2)) == 0
     resume = ["--eval", "--resume", str(tmp_path / "run" / "checkpoint.pth"), "--eval_per_class"]
-    args = [*arguments(data, tmp_path / "out", 2, *resume), "--dist_url", f"file://{tmp_path}/meet"]
+    resume += ["--dist_url", f"file://{tmp_path}/store"]
+    args = arguments(data, tmp_path / "out", 2, *resume)
     assert pair.call(count_evaluations, args, args) == [(0, 1), (0, 0)]
 
 
-def test_the_first_process_decides_what_all_go_on_from(pair: Pair, data: Path, tmp_path: Path):
-    """Also where only its directory has a run, as with disks of their own."""
+def test_first_process_decides_where_all_resume(pair: Pair, data: Path, tmp_path: Path):
+    """Even if only its directory holds a run, as with local disks."""
     outs = [tmp_path / "0", tmp_path / "1"]
     assert main(arguments(data, outs[0], 2)) == 0
-    more = ["--epochs", "2", "--resume", "auto", "--dist_url", f"file://{tmp_path}/meet"]
+    more = ["--epochs", "2", "--resume", "auto", "--dist_url", f"file://{tmp_path}/store"]
     assert pair.call(main, *(arguments(data, out, 1, *more) for out in outs)) == [0, 0]
     assert [line["epoch"] for line in read_log(outs[0])] == [0, 1]
 
 
 def denoising_losses(task: tuple[int, str, str]) -> dict[str, float]:
-    """What `train_steps` measures in one step in two processes of one and of four objects."""
-    rank, meeting, divisor = task
-    join_processes(2, rank, meeting, 5)
+    """Stats of a step of `train_steps` in two processes, with one and four objects."""
+    rank, url, divisor = task
+    join_processes(2, rank, url, 5)
     try:
         state, criterion, batches = one_batch_each(divisor)
         (step,) = train_steps(state, state.model, criterion, [batches[rank]])
@@ -165,7 +166,7 @@ def denoising_losses(task: tuple[int, str, str]) -> dict[str, float]:
 
 
 def one_batch_each(divisor: str) -> tuple[TrainState, SetCriterion, list]:
-    """A model in its state, its criterion and, for each of two processes, a batch of one image."""
+    """A training state, its criterion and a one-image batch for each of two processes."""
     more = ["--dn_num_boxes", divisor, "--num_classes", "3", "--lr", "0", "--lr_backbone", "0"]
     cfg = parse_command_line([*SMALL, *PLAIN, *more, "--optimizer", "adamw"])
     torch.manual_seed(1)
@@ -179,24 +180,24 @@ def one_batch_each(divisor: str) -> tuple[TrainState, SetCriterion, list]:
 
 
 @pytest.mark.parametrize("divisor", ["process", "mean"])
-def test_what_denoising_losses_are_divided_by(divisor: str, pair: Pair, tmp_path: Path):
-    """DN-DETR's: each process's by its own objects; DINO's: by their mean over the processes."""
+def test_denoising_loss_normalisation(divisor: str, pair: Pair, tmp_path: Path):
+    """DN-DETR: by each process's own objects; DINO: by their mean over the processes."""
     state, criterion, batches = one_batch_each(divisor)
     model = state.model.train()
-    alone = [criterion(model(images, targets), targets) for images, targets in batches]
-    meeting = f"file://{tmp_path}/meet"
-    logged = pair.call(denoising_losses, (0, meeting, divisor), (1, meeting, divisor))
+    separate = [criterion(model(images, targets), targets) for images, targets in batches]
+    url = f"file://{tmp_path}/store"
+    logged = pair.call(denoising_losses, (0, url, divisor), (1, url, divisor))
     assert logged[0]["loss_bbox_dn"] == logged[1]["loss_bbox_dn"]
     for name in ("loss_ce_dn", "loss_bbox_dn", "loss_giou_dn_0"):
-        one, four = (float(losses[name].detach()) for losses in alone)
+        one, four = (float(losses[name].detach()) for losses in separate)
         expected = {"process": (one + four) / 2, "mean": (one + 4 * four) / 5}[divisor]
         assert one != pytest.approx(four, rel=0.01)
         assert logged[0][f"{name}_unscaled"] == pytest.approx(expected, rel=1e-4), name
-    one, four = (float(losses["loss_bbox"].detach()) for losses in alone)
+    one, four = (float(losses["loss_bbox"].detach()) for losses in separate)
     assert logged[0]["loss_bbox_unscaled"] == pytest.approx((one + 4 * four) / 5, rel=1e-4)
 
 
-def test_processes_meet_without_torchrun(data: Path, tmp_path: Path):
+def test_processes_connect_without_torchrun(data: Path, tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -223,13 +224,13 @@ def test_batches_of_all_processes_make_up_an_epoch(size: int, processes: int, mo
     images = [i for share in batches(train=False) for batch in share for i in batch]
     assert sorted(images) == list(range(size))
     shares = batches(train=True)
-    assert len({len(share) for share in shares}) == 1  # else one would wait for ever
+    assert len({len(share) for share in shares}) == 1  # else one would wait forever
     images = [i for share in shares for batch in share for i in batch]
     assert len(set(images)) == len(images) == size // (2 * processes) * 2 * processes
 
 
-def test_signal_saves_and_the_run_goes_on(pair: Pair, data: Path, tmp_path: Path):
-    """SIGTERM to torchrun, in the midst of an epoch: all stop, and the end is the same."""
+def test_signal_saves_and_the_run_resumes(pair: Pair, data: Path, tmp_path: Path):
+    """SIGTERM to torchrun in mid-epoch: all stop; resumed, they end in the same state."""
     args = ["--epochs", "3", "--dropout", "0.1", "--dn_box_noise_scale", "0.4"]
     run_both(pair, arguments(data, tmp_path / "whole", 1, *args), tmp_path)
     stopped = arguments(data, tmp_path / "stopped", 1, *args, "--resume", "auto")
@@ -243,29 +244,29 @@ def test_signal_saves_and_the_run_goes_on(pair: Pair, data: Path, tmp_path: Path
     state = read_checkpoint(tmp_path / "stopped" / "checkpoint.pth")
     assert state["epoch"] < 2
     run_both(pair, stopped, tmp_path)
-    ends = [read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped")]
-    for state in ends:
+    states = [read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped")]
+    for state in states:
         state["ema_model"] = {}
-    assert_same_state(*ends)
+    assert_same_state(*states)
     logs = [read_log(tmp_path / name) for name in ("whole", "stopped")]
     assert [line["epoch"] for line in logs[1]] == [0, 1, 2]
-    for mine, other in zip(*logs, strict=True):
-        assert {k: v for k, v in mine.items() if "loss" in k} == {
-            k: v for k, v in other.items() if "loss" in k
+    for first, second in zip(*logs, strict=True):
+        assert {k: v for k, v in first.items() if "loss" in k} == {
+            k: v for k, v in second.items() if "loss" in k
         }
 
 
-def test_a_killed_process_ends_the_others(data: Path, tmp_path: Path):
+def test_killed_process_stops_the_others(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 1, "--epochs", "100")
     with launch(2, args) as process:
         wait_for_first_epoch(process)
         os.kill(children_of(process)[-1], signal.SIGKILL)
         printed = process.communicate(timeout=300)[0]
     assert process.returncode != 0
-    assert "Signal 9 (SIGKILL)" in printed  # torchrun's last words name the cause
+    assert "Signal 9 (SIGKILL)" in printed  # torchrun's final message names the cause
 
 
-def test_a_process_that_hangs_ends_the_others(data: Path, tmp_path: Path):
+def test_hung_process_stops_the_others(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 1, "--epochs", "100", "--dist_timeout", "0.3")
     with launch(2, args) as process:
         wait_for_first_epoch(process)
@@ -275,7 +276,7 @@ def test_a_process_that_hangs_ends_the_others(data: Path, tmp_path: Path):
     assert "lost contact with another process, which died or hangs" in printed
 
 
-def test_second_run_on_one_directory_is_refused(data: Path, tmp_path: Path):
+def test_second_run_in_one_directory_is_rejected(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 1, "--epochs", "100")
     with launch(1, args) as first:
         wait_for_first_epoch(first)

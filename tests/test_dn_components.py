@@ -1,4 +1,4 @@
-"""Denoising: who sees whom is read off gradients, and the noise off its distribution."""
+"""Denoising: attention between groups by its gradients, noise by its distribution."""
 
 import shutil
 import subprocess
@@ -34,7 +34,7 @@ def make_targets(*counts: int) -> list[dict]:
 
 
 def test_queries_carry_their_targets():
-    """Without noise, a denoising query is its label's embedding, indicator 1, at its box."""
+    """Without noise, a denoising query is its label's embedding with indicator 1, at its box."""
     label_enc = nn.Embedding(C + 1, D - 1)
     targets = make_targets(3, 0, 2)
     anchors = torch.randn(3, Q, 4)
@@ -62,8 +62,8 @@ def test_queries_carry_their_targets():
 
 
 def test_gradients_do_not_cross_groups():
-    """Through a whole decoder: the matching part depends on no denoising query, and a group on none
-    of another group; but a group does depend on the matching part and on itself."""
+    """Through a whole decoder: the matching part depends only on itself, a group on itself and the
+    matching part."""
     torch.manual_seed(0)
     groups, size = 3, 2
     cfg = {"hidden_dim": D, "nheads": 4, "dim_feedforward": 64, "dec_layers": 2}
@@ -75,16 +75,16 @@ def test_gradients_do_not_cross_groups():
     )
     content = content.detach().requires_grad_()
     memory = torch.randn(1, 9, D)
-    nowhere = torch.zeros(1, 1, 1, 9).bool()
-    states, *_ = decoder(content, anchors, blocked, memory, memory, nowhere)
-    part = [slice(i * size, (i + 1) * size) for i in range(groups)]
-    part.append(slice(groups * size, None))  # the matching part
-    for i, rows in enumerate(part):
-        # One channel: the sum of all is the same whatever comes in, after a LayerNorm.
+    no_padding = torch.zeros(1, 1, 1, 9).bool()
+    states, *_ = decoder(content, anchors, blocked, memory, memory, no_padding)
+    parts = [slice(i * size, (i + 1) * size) for i in range(groups)]
+    parts.append(slice(groups * size, None))  # the matching part
+    for i, rows in enumerate(parts):
+        # One channel, as after a LayerNorm the sum of all is constant for any input.
         (gradient,) = torch.autograd.grad(states[-1][:, rows, 0].sum(), content, retain_graph=True)
-        for j, columns in enumerate(part):
-            sees = bool(gradient[:, columns].abs().sum() > 0)
-            assert sees == (i == j or j == groups), f"part {i} and part {j}"
+        for j, columns in enumerate(parts):
+            depends = bool(gradient[:, columns].abs().sum() > 0)
+            assert depends == (i == j or j == groups), f"part {i} on part {j}"
 
 
 def test_label_noise_is_uniform():
@@ -92,7 +92,7 @@ def test_label_noise_is_uniform():
     labels = torch.randint(C, (60_000,))
     noisy = add_label_noise(labels, C, ratio=0.3)
     changed = noisy[noisy != labels]
-    # A drawn label may be the old one, so of 30% drawn anew (C - 1) / C differ.
+    # A redrawn label may equal the old one, so (C - 1) / C of the 30% differ.
     assert stats.binomtest(len(changed), len(labels), 0.3 * (C - 1) / C).pvalue > 1e-3
     shift = torch.bincount((noisy - labels)[noisy != labels] % C, minlength=C)[1:]
     assert stats.chisquare(shift.numpy()).pvalue > 1e-3
@@ -115,7 +115,7 @@ def test_box_noise_is_uniform(scale: float):
     assert outside.max() == 1
 
 
-def test_groups_have_noise_of_their_own():
+def test_groups_have_independent_noise():
     torch.manual_seed(0)
     _, anchors, _, dn = prepare_for_dn(
         make_targets(4), nn.Embedding(C + 1, D - 1), torch.zeros(1, Q, 4), num_groups=3
@@ -124,8 +124,8 @@ def test_groups_have_noise_of_their_own():
     assert not torch.isclose(groups[0], groups[1]).any()
 
 
-def test_loss_is_that_of_the_known_pairs():
-    """Against the definition written out for one layer, one query at a time."""
+def test_loss_uses_the_known_pairs():
+    """Against the written-out definition for one layer, one query at a time."""
     torch.manual_seed(0)
     targets = make_targets(2, 1)
     _, _, _, dn = prepare_for_dn(
@@ -169,7 +169,7 @@ def test_batch_without_objects_trains():
     assert head.weight.grad is not None
 
 
-def test_inference_adds_nothing():
+def test_inference_adds_no_queries():
     content, anchors, mask, dn = prepare_for_dn(
         None, nn.Embedding(C + 1, D - 1), torch.zeros(2, Q, 4)
     )
@@ -183,12 +183,12 @@ def test_inference_adds_nothing():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_any_dtype(dtype: torch.dtype):
     label_enc = nn.Embedding(C + 1, D).to(dtype)
-    own = torch.randn(2, Q, D, dtype=dtype)
+    given = torch.randn(2, Q, D, dtype=dtype)
     content, anchors, _, dn = prepare_for_dn(
-        make_targets(2, 3), label_enc, torch.zeros(2, Q, 4, dtype=dtype), own
+        make_targets(2, 3), label_enc, torch.zeros(2, Q, 4, dtype=dtype), given
     )
     assert content.dtype == anchors.dtype == dtype
-    assert torch.equal(content[:, dn.num_queries :], own)
+    assert torch.equal(content[:, dn.num_queries :], given)
 
 
 def test_mask_of_one_group():
@@ -204,8 +204,8 @@ def test_boxes_at_the_border_stay_finite():
     assert inverse_sigmoid(torch.tensor([0.0, 1.0])).isfinite().all()
 
 
-def test_the_file_alone_works_in_another_project(tmp_path: Path):
-    """Copied into its package, together with nothing, with no other file of ours to import."""
+def test_file_works_on_its_own_in_another_project(tmp_path: Path):
+    """Copied into its package, with none of our other files to import."""
     package = tmp_path / "theirs"
     package.mkdir()
     shutil.copy("models/dn_components.py", package)
@@ -227,8 +227,8 @@ for prepare in (prepare_for_dn, prepare_for_cdn):
 
 
 @pytest.mark.parametrize(("number", "queries"), [(5, 15), (1, 3), (100, 99), (2, 6), (1000, 999)])
-def test_from_100_on_a_number_of_groups_is_one_of_queries(number: int, queries: int):
-    """Else -m dino --contrastive FALSE would make 100 groups of all the objects."""
+def test_group_count_of_100_or_more_counts_queries(number: int, queries: int):
+    """Else `-m dino --contrastive FALSE` would make 100 groups of all objects."""
     targets = [{"labels": torch.zeros(3, dtype=torch.int64), "boxes": torch.rand(3, 4)}]
     anchors = torch.zeros(1, Q, 4)
     *_, dn = prepare_for_dn(targets, nn.Embedding(C + 1, D), anchors, num_groups=number)

@@ -1,4 +1,4 @@
-"""Checkpoints that are named by a URL, from a real server: whole, cut off, missing."""
+"""Checkpoints given by URL, from a real server: complete, truncated, missing."""
 
 import functools
 import http.server
@@ -18,7 +18,7 @@ from util.download import download
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves files; of /cut/... only the first half, under the whole length; counts requests."""
+    """Serves and records requests; for /cut/..., half a file with its full Content-Length."""
 
     requests: list[str] = []
 
@@ -39,7 +39,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server of tmp_path's files, and a cache of its own."""
+    """The URL of a server of tmp_path's files; the cache is empty."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     Handler.requests.clear()
@@ -54,8 +54,8 @@ def cached(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "cache").rglob("*.pth"))
 
 
-def test_resume_from_a_url(small: list[str], tmp_path: Path, server: str, capsys):
-    """Evaluates and goes on; downloaded once."""
+def test_checkpoint_from_a_url(small: list[str], tmp_path: Path, server: str, capsys):
+    """For evaluation and fine-tuning; downloaded once."""
     assert main(small) == 0
     out, url = tmp_path / "out", f"{server}/out/checkpoint.pth"
     expected = read_log(out)[-1]["test_coco_eval_bbox"]
@@ -71,17 +71,17 @@ def test_resume_from_a_url(small: list[str], tmp_path: Path, server: str, capsys
     assert Handler.requests == ["/out/checkpoint.pth"]
 
 
-def test_a_cut_off_download_is_not_kept(small: list[str], tmp_path: Path, server: str, capsys):
+def test_truncated_download_is_not_kept(small: list[str], tmp_path: Path, server: str, capsys):
     (tmp_path / "checkpoint.pth").write_bytes(bytes(3 * 2**20))
     args = [*small, "--eval", "--resume", f"{server}/cut/checkpoint.pth"]
     message = f"not downloaded (cut off after {3 * 2**19} of {3 * 2**20} bytes)"
     fails_with(capsys, args, args[-1], message)
     assert cached(tmp_path) == []
-    fails_with(capsys, args, message)  # and is tried again
+    fails_with(capsys, args, message)  # it is retried
     assert len(Handler.requests) == 2
 
 
-def test_what_cannot_be_downloaded_is_said_in_a_line(small, tmp_path: Path, server: str, capsys):
+def test_download_errors_are_one_line(small, tmp_path: Path, server: str, capsys):
     args = [*small, "--eval", "--resume"]
     url = f"{server}/absent.pth"
     fails_with(capsys, [*args, url], f"{url}: not downloaded (HTTP Error 404: File not found)")
@@ -90,7 +90,7 @@ def test_what_cannot_be_downloaded_is_said_in_a_line(small, tmp_path: Path, serv
     fails_with(capsys, [*args, f"{server}/page.html"], "not a checkpoint")
 
 
-def test_several_processes_download_once(tmp_path: Path, server: str):
+def test_concurrent_downloads_fetch_once(tmp_path: Path, server: str):
     (tmp_path / "x.pth").write_bytes(bytes(2**20))
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(download, [f"{server}/x.pth"] * 4))

@@ -14,7 +14,7 @@ class Net(nn.Module):
         super().__init__()
         self.first = nn.Linear(3, 3)
         self.heads = nn.ModuleList([self.first, nn.Linear(3, 2)])  # `first` under two names
-        self.norm = nn.BatchNorm1d(3)  # floating buffers and an integer one
+        self.norm = nn.BatchNorm1d(3)  # floating-point and integer buffers
         self.frozen = nn.Parameter(torch.randn(4), requires_grad=False)
         self.register_buffer("unsaved", torch.randn(2), persistent=False)
 
@@ -35,7 +35,7 @@ def tensors(module):
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def test_closed_formula(model):
+def test_closed_form(model):
     ema = ModelEma(model, DECAY)
     history = [copy.deepcopy(tensors(model))]
     for _ in range(STEPS):
@@ -73,7 +73,7 @@ def test_equal_values_stay_bit_exact(model):
         assert torch.equal(ema.module.state_dict()[name], value), name
 
 
-def test_module_is_apart_from_the_model(model):
+def test_module_is_independent_of_the_model(model):
     ema = ModelEma(model)
     assert not any(module.training for module in ema.module.modules())
     assert not any(parameter.requires_grad for parameter in ema.module.parameters())
@@ -107,7 +107,7 @@ def test_model_without_buffers():
     ModelEma(model).update(model)
 
 
-def test_distributed_wrapper_is_looked_through(model, tmp_path):
+def test_distributed_wrapper_is_unwrapped(model, tmp_path):
     rendezvous = f"file://{tmp_path / 'rendezvous'}"
     torch.distributed.init_process_group("gloo", rendezvous, rank=0, world_size=1)
     try:

@@ -1,4 +1,4 @@
-"""tools/export_checkpoint.py: our checkpoint as a released one, and back."""
+"""tools/export_checkpoint.py: our checkpoint in the released format, and back."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from util.checkpoint import load_weights, read_checkpoint
 from util.config import SELECTION_SWITCHES, load_config, parse_command_line
 
 ROOT = Path(__file__).parent.parent
-# How the authors say that their files are evaluated.
+# The authors' commands for evaluating their files.
 PUBLISHED = {
     "dn_dab_detr": "-m dn_dab_detr --use_dn --eval",
     "dino": "-c configs/dino_4scale_r50.py --eval --options dn_scalar=100 embed_init_tgt=TRUE "
@@ -36,7 +36,7 @@ SWITCHES = {  # two_stage, two_stage_type, use_mqs, embed_init_tgt
 
 
 def make_state(small: list[str], model: str, *options: str, seed: int = 0) -> TrainState:
-    """As of main.py after epoch 3, with random weights, and others in its average."""
+    """As in main.py after epoch 3, with random weights and a different average."""
     torch.manual_seed(seed)
     cfg = parse_command_line(["-m", model, *sizes(small), "--num_classes", "6", *options])
     class_map = ClassMap.from_categories([{"id": i, "name": n} for i, n in CATEGORIES.items()])
@@ -51,7 +51,7 @@ def make_state(small: list[str], model: str, *options: str, seed: int = 0) -> Tr
 
 
 def sizes(small: list[str]) -> list[str]:
-    """What of the small model's command line suits every model."""
+    """The small model's options that suit every model."""
     return [*small[small.index("--backbone") :], "--pretrained_backbone", "false"]
 
 
@@ -61,14 +61,14 @@ def same(state: dict, other: dict) -> bool:
 
 @pytest.fixture
 def paths(tmp_path: Path) -> tuple[str, str]:
-    """A checkpoint and what is made of it."""
+    """A checkpoint and its export."""
     return str(tmp_path / "checkpoint.pth"), str(tmp_path / "released.pth")
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_there_and_back(model: str, small: list[str], paths: tuple[str, str]):
-    """The same outputs and, by the published command lines, the same figures and detections."""
-    state, again = (make_state(small, model, seed=seed) for seed in (0, 1))
+def test_round_trip(model: str, small: list[str], paths: tuple[str, str]):
+    """Same outputs and, with the published command lines, same metrics and detections."""
+    state, fresh = (make_state(small, model, seed=seed) for seed in (0, 1))
     state.save(Path(paths[0]))
     assert main(["--resume", paths[0], "--output", paths[1]]) == 0
     released = read_checkpoint(paths[1])
@@ -78,12 +78,12 @@ def test_there_and_back(model: str, small: list[str], paths: tuple[str, str]):
     assert type(released["args"]) is Namespace
     images = [torch.randn(3, 64, 48), torch.randn(3, 48, 64)]
     with torch.no_grad():
-        wanted, other = state.model.eval()(images), again.model.eval()(images)
-        load_weights(again.model, released)
-        found = again.model(images)
+        expected, other = state.model.eval()(images), fresh.model.eval()(images)
+        load_weights(fresh.model, released)
+        actual = fresh.model(images)
     for key in ("pred_logits", "pred_boxes"):
-        assert torch.equal(found[key], wanted[key])
-        assert not torch.allclose(found[key], other[key], atol=1e-3)
+        assert torch.equal(actual[key], expected[key])
+        assert not torch.allclose(actual[key], other[key], atol=1e-3)
     evaluations = []
     for path in paths if model in PUBLISHED else ():
         command = ["--resume", path, "--save_results", *sizes(small), *PUBLISHED[model].split()]
@@ -104,18 +104,18 @@ def test_args_in_released_spelling(selection, switches, small: list[str], paths:
     state.save(Path(paths[0]))
     assert main(["--resume", paths[0], "--output", paths[1]]) == 0
     args = vars(read_checkpoint(paths[1])["args"])
-    spelt = {"scalar": 7, "dn_scalar": 7, "label_noise_scale": 0.25, "box_noise_scale": 0.75}
-    spelt |= {"use_lft": True, "modelname": "dino", "hidden_dim": 32, "dn_labelbook_size": 6}
-    spelt |= dict(zip(SELECTION_SWITCHES, switches, strict=True))
-    assert {name: args[name] for name in spelt} == spelt
-    # The released spellings alone say what today's do.
-    today = ("dn_number", "dn_label_noise_ratio", "dn_box_noise_scale", "look_forward_twice")
-    rest = {k: v for k, v in args.items() if k not in (*today, "query_selection")}
+    expected = {"scalar": 7, "dn_scalar": 7, "label_noise_scale": 0.25, "box_noise_scale": 0.75}
+    expected |= {"use_lft": True, "modelname": "dino", "hidden_dim": 32, "dn_labelbook_size": 6}
+    expected |= dict(zip(SELECTION_SWITCHES, switches, strict=True))
+    assert {name: args[name] for name in expected} == expected
+    # The released spellings are equivalent to the current ones.
+    current = ("dn_number", "dn_label_noise_ratio", "dn_box_noise_scale", "look_forward_twice")
+    rest = {k: v for k, v in args.items() if k not in (*current, "query_selection")}
     state.cfg.dn_labelbook_size = 6
     assert load_config(overrides=rest) == load_config(overrides=args) == state.cfg
 
 
-def test_as_a_script_from_anywhere(small: list[str], paths: tuple[str, str], tmp_path: Path):
+def test_script_from_any_directory(small: list[str], paths: tuple[str, str], tmp_path: Path):
     make_state(small, "dn_dab_detr", "--use_ema").save(Path(paths[0]))
     ours = read_checkpoint(paths[0])
     for cwd, entry, ema in ((ROOT, "model", []), (tmp_path, "ema_model", ["--ema"])):
@@ -130,8 +130,8 @@ def test_as_a_script_from_anywhere(small: list[str], paths: tuple[str, str], tmp
     assert not same(ours["model"], ours["ema_model"])
 
 
-def test_mistakes(small: list[str], paths: tuple[str, str], tmp_path: Path, capsys):
-    """One line, exit status 2, and the checkpoint stays as it is."""
+def test_errors(small: list[str], paths: tuple[str, str], tmp_path: Path, capsys):
+    """One line, exit status 2, and an unchanged checkpoint."""
     make_state(small, "dn_dab_detr").save(Path(paths[0]))
     assert main(["--resume", paths[0], "--output", paths[1]]) == 0
     before, new, link = Path(paths[0]).read_bytes(), tmp_path / "new.pth", tmp_path / "link.pth"

@@ -1,4 +1,4 @@
-"""Full disks, damaged files, vanished directories, dead workers: what is left, and what is said."""
+"""Full disks, damaged files, deleted directories, dead workers: files left, messages printed."""
 
 import os
 import random
@@ -26,25 +26,25 @@ def arguments(toy: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_kills_at_random_moments(processes: int, tmp_path: Path):
-    """`python -m tests.kill_runs` does the same more often."""
+def test_kills_at_random_times(processes: int, tmp_path: Path):
+    """`python -m tests.kill_runs` runs more of the same."""
     assert kill_runs.test(2, processes, tmp_path, random.Random(1)) == []
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MB, where a checkpoint of 11 MB has room once."""
+    """A 16 MB file system, with room for one 11 MB checkpoint."""
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
+        pytest.skip("cannot mount a file system")
     yield path
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def test_full_disk(toy: Path, small_disk: Path, capsys: pytest.CaptureFixture):
-    """The first checkpoint stays whole and is gone on from when there is room again."""
+    """The first checkpoint stays intact and is resumed once there is space."""
     out = small_disk / "out"
     assert main(arguments(toy, out, "--epochs", "3")) == 2
     error = capsys.readouterr().err
@@ -57,7 +57,7 @@ def test_full_disk(toy: Path, small_disk: Path, capsys: pytest.CaptureFixture):
     assert [line["epoch"] for line in read_log(out)] == [0, 1]
 
 
-def test_vanished_directory(toy: Path, tmp_path: Path):
+def test_deleted_directory(toy: Path, tmp_path: Path):
     out = tmp_path / "out"
     command = [sys.executable, "main.py", *arguments(toy, out, "--epochs", "50")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -71,9 +71,9 @@ def test_vanished_directory(toy: Path, tmp_path: Path):
     assert "Traceback" not in error
 
 
-def test_damaged_checkpoints_are_passed_over(toy: Path, tmp_path: Path, capsys):
-    """Cut at every tenth of its length, and with a bit flipped: the one before it is taken, and the
-    end is the same."""
+def test_damaged_checkpoints_are_skipped(toy: Path, tmp_path: Path, capsys):
+    """Truncated at every tenth of its length, or with a flipped bit: the previous one is resumed,
+    with the same result."""
     whole = tmp_path / "whole"
     assert main(arguments(toy, whole, "--epochs", "2")) == 0
     half = tmp_path / "half"
@@ -89,25 +89,25 @@ def test_damaged_checkpoints_are_passed_over(toy: Path, tmp_path: Path, capsys):
     for number, content in enumerate(damaged):
         out = tmp_path / str(number)
         shutil.copytree(half, out)
-        (out / "checkpoint.pth").unlink()  # a hard link of others
+        (out / "checkpoint.pth").unlink()  # hard-linked to others
         (out / "checkpoint.pth").write_bytes(content)
         (out / "checkpoint_best.pth").unlink()
         capsys.readouterr()
         last = number == len(damaged) - 1
         assert main(arguments(toy, out, "--epochs", "2" if last else "1")) == 0
-        if "skipping" not in capsys.readouterr().out:  # a bit that nothing depends on
+        if "skipping" not in capsys.readouterr().out:  # an unused bit
             assert number >= 10
         elif last:
             assert kill_runs.compare(whole, out) == []
     assert [line["epoch"] for line in read_log(out)] == [0, 1]
 
 
-def test_a_killed_data_worker_ends_the_run(toy: Path, tmp_path: Path):
+def test_killed_data_worker_stops_the_run(toy: Path, tmp_path: Path):
     args = arguments(toy, tmp_path / "out", "--epochs", "100", "--num_workers", "1")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "main.py", *args], **pipes) as process:
         wait_for_first_epoch(process)
-        for child in children_of(process):  # one in training, one in evaluation
+        for child in children_of(process):  # one for training, one for evaluation
             os.kill(child, signal.SIGKILL)
         error = process.communicate(timeout=300)[1]
     assert process.returncode == 1
@@ -120,7 +120,7 @@ def resident_mb() -> float:
 
 
 def test_a_hundred_resumes_leak_nothing(tmp_path: Path):
-    """Each trains and evaluates one epoch more, in this process."""
+    """Each trains and evaluates one more epoch, in this process."""
     tiny = make_toy_coco(tmp_path / "toy", num_train=2, num_val=1, size=48)
     out, measured = tmp_path / "out", []
     for epochs in range(1, 101):

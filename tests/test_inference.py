@@ -1,4 +1,4 @@
-"""Detection on pictures from the command line and from a notebook, and what is drawn of it."""
+"""Detection on images from the command line and from a notebook, and its drawings."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ GREY = torch.full((3, 600, 700), 128, dtype=torch.uint8)
 
 @pytest.fixture(scope="module")
 def checkpoint() -> dict:
-    """What main.py would save, with other weights for the average."""
+    """As main.py would save it, with different averaged weights."""
     categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
     class_map = ClassMap.from_categories(categories)
     cfg = load_config(overrides=SMALL | {"num_classes": class_map.num_classes})
@@ -69,7 +69,7 @@ def saved(checkpoint, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def released(checkpoint, tmp_path_factory) -> tuple[Path, Path]:
-    """A checkpoint as the authors publish them, and the config that fits it."""
+    """A checkpoint in the authors' format, and its config."""
     directory = tmp_path_factory.mktemp("released")
     state = {"model": checkpoint["model"], "args": Namespace(hidden_dim=64), "epoch": 49}
     save_checkpoint(directory / "checkpoint.pth", state)
@@ -78,7 +78,7 @@ def released(checkpoint, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def by_hand(checkpoint: dict, paths: list[Path], weights: str = "model") -> list[dict]:
-    """The results of a model that is built and run without inference.py, as one batch."""
+    """The results of a model built and run without inference.py, in one batch."""
     cfg = load_config(overrides=checkpoint["config"])
     model, _, postprocess = build_model(cfg)
     load_weights(model, checkpoint[weights])
@@ -90,10 +90,10 @@ def by_hand(checkpoint: dict, paths: list[Path], weights: str = "model") -> list
 
 
 def check_against(expected: list[dict], content: dict, threshold: float) -> None:
-    """detections.json has the expected detections, in the images and in COCO's terms."""
+    """detections.json has the expected detections, clipped to the images, in COCO format."""
     ids = list(CATEGORIES)
-    for picture, result in zip(content["images"], expected, strict=True):
-        found = [a for a in content["annotations"] if a["image_id"] == picture["id"]]
+    for image, result in zip(content["images"], expected, strict=True):
+        found = [a for a in content["annotations"] if a["image_id"] == image["id"]]
         keep = result["scores"] >= threshold
         assert len(found) == keep.sum() > 0
         assert [a["category_id"] for a in found] == [ids[i] for i in result["labels"][keep]]
@@ -101,11 +101,11 @@ def check_against(expected: list[dict], content: dict, threshold: float) -> None
         torch.testing.assert_close(scores, result["scores"][keep], atol=1e-5, rtol=1e-4)
         boxes = torch.tensor([a["bbox"] for a in found])
         boxes[:, 2:] += boxes[:, :2]
-        limits = torch.tensor([picture["width"], picture["height"]] * 2)
+        limits = torch.tensor([image["width"], image["height"]] * 2)
         assert (boxes >= 0).all()
         assert (boxes <= limits + 0.002).all()
-        wanted = result["boxes"][keep].clamp(min=0).minimum(limits)
-        torch.testing.assert_close(boxes, wanted, atol=5e-3, rtol=1e-4)
+        clipped = result["boxes"][keep].clamp(min=0).minimum(limits)
+        torch.testing.assert_close(boxes, clipped, atol=5e-3, rtol=1e-4)
 
 
 def test_images_from_the_command_line(toy, checkpoint, saved, tmp_path):
@@ -127,7 +127,7 @@ def test_images_from_the_command_line(toy, checkpoint, saved, tmp_path):
             assert image.size == (entry["width"], entry["height"])
             assert max(drawn.size) == visualize.SMALLEST
             assert drawn.width / drawn.height == pytest.approx(image.width / image.height, rel=0.01)
-    # The file can be evaluated, and train a model in its turn.
+    # The file can be evaluated and trained on.
     COCO(tmp_path / "new/out/detections.json").loadRes(content["annotations"])
     out = tmp_path / "new" / "out"
     dataset = CocoDetection("/", out / "detections.json", eval_transforms([64], 96))
@@ -154,7 +154,7 @@ def test_validation_set(toy, checkpoint, saved, tmp_path):
         assert picture.height == pytest.approx(scale * first["height"], abs=60)
         left = np.asarray(picture)[:, : picture.width // 2].astype(int)
     assert drawn
-    for i in drawn:  # the ground truth is at the left, as far as JPEG keeps colours
+    for i in drawn:  # the ground truth is on the left, up to JPEG's colour errors
         assert (np.abs(left - class_colour(i)).max(axis=2) < 20).sum() > 50
 
 
@@ -168,7 +168,7 @@ def test_averaged_weights(toy, checkpoint, saved):
         draw_boxes(read_image(path), **result, names=detector.class_map.names)
 
 
-def test_labels_without_category_are_left_out(toy, checkpoint, tmp_path):
+def test_labels_without_category_are_dropped(toy, checkpoint, tmp_path):
     state = json.loads(json.dumps(checkpoint["class_map"]))
     del state["categories"][1:]
     save_checkpoint(tmp_path / "checkpoint.pth", checkpoint | {"class_map": state})
@@ -189,7 +189,7 @@ def test_released_checkpoint(toy, released, tmp_path, capsys):
     content = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert content["categories"][3] == {"id": 3, "name": "3"}
     assert {a["category_id"] for a in content["annotations"]} <= set(range(len(CATEGORIES)))
-    # A data set says what the labels mean, as in evaluation.
+    # A data set defines the labels, as in evaluation.
     assert inference.main([*argv, "--coco_path", str(toy), "--num_images", "1"]) == 0
     content = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert content["categories"] == [{"id": i, "name": n} for i, n in CATEGORIES.items()]
@@ -198,7 +198,7 @@ def test_released_checkpoint(toy, released, tmp_path, capsys):
     assert "no config" in capsys.readouterr().err
 
 
-def test_directories_and_equal_names(toy, saved, tmp_path):
+def test_directories_and_duplicate_names(toy, saved, tmp_path):
     for name in ("a/x.jpg", "b/x.PNG", "b/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(next((toy / "val2017").glob("*.jpg")), tmp_path / name)
@@ -219,7 +219,7 @@ def test_directories_and_equal_names(toy, saved, tmp_path):
         ({"--coco_path": "empty"}, "--images or --coco_path"),
         ({"--coco_path": "empty", "--images": None}, "instances_val2017.json"),
         ({"--output_dir": "broken.jpg"}, "broken.jpg"),
-        ({"--output_dir": "pictures"}, "contains the input images"),
+        ({"--output_dir": "images"}, "contains the input images"),
         ({"--threshold": "30"}, "threshold"),
         ({"--batch_size": "0"}, "batch_size"),
         ({"--num_images": "x"}, "num_images"),
@@ -230,25 +230,25 @@ def test_directories_and_equal_names(toy, saved, tmp_path):
         ({"--resume": "bare.pth", "--ema": ""}, "leave out --ema"),
     ],
 )
-def test_mistakes(change, message, toy, saved, checkpoint, tmp_path, monkeypatch, capsys):
+def test_errors(change, message, toy, saved, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "pictures"):
+    for name in ("empty", "images"):
         Path(name).mkdir()
-    Path("broken.jpg").write_bytes(b"no picture")
-    shutil.copy(next((toy / "val2017").glob("*.jpg")), "pictures/a.jpg")
-    before = Path("pictures/a.jpg").read_bytes()
+    Path("broken.jpg").write_bytes(b"not an image")
+    shutil.copy(next((toy / "val2017").glob("*.jpg")), "images/a.jpg")
+    before = Path("images/a.jpg").read_bytes()
     save_checkpoint("bare.pth", checkpoint | {"ema_model": None})
-    options = {"--resume": str(saved), "--images": "pictures", "--output_dir": "out"} | change
+    options = {"--resume": str(saved), "--images": "images", "--output_dir": "out"} | change
     argv = [word for pair in options.items() if pair[1] is not None for word in pair if word]
     assert inference.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("inference.py: error: ")
     assert message in error
     assert error.count("\n") == 1 or "-m" in change  # a list of weights may follow
-    assert Path("pictures/a.jpg").read_bytes() == before
+    assert Path("images/a.jpg").read_bytes() == before
 
 
-def test_boxes_are_drawn_where_they_are():
+def test_boxes_are_drawn_at_their_coordinates():
     boxes = torch.tensor([[100.0, 200.0, 300.0, 400.0], [350.0, 220.0, 500.0, 390.0]])
     pixels = np.asarray(draw_boxes(GREY, boxes, [0, 4], names={0: "cat"}))
     assert pixels.shape == (600, 700, 3)
@@ -266,7 +266,7 @@ def test_boxes_are_drawn_where_they_are():
     assert not changed.any()
 
 
-def test_captions_stay_in_the_picture_and_apart():
+def test_captions_stay_in_the_image_and_apart():
     corners = [[0, 0, 9, 9], [690, 0, 700, 9], [0, 590, 9, 600], [690, 590, 700, 600]]
     boxes = torch.tensor([*corners, [200, 200, 400, 400], [200, 200, 400, 400]])
     labels, names = [0, 1, 2, 3, 4, 5], {i: f"a class {i}" for i in range(6)}
@@ -275,23 +275,23 @@ def test_captions_stay_in_the_picture_and_apart():
     width = round(font.getlength("a class 1 0.90")) + 6
     for label in labels:
         background = (np.asarray(picture) == class_colour(label)).all(axis=2)
-        filled = background.sum(axis=1).max()  # the caption's longest row free of letters
+        filled = background.sum(axis=1).max()  # the caption's longest row without text
         assert filled >= width if label < 5 else filled > 0
     both = (np.asarray(picture) == class_colour(5)).all(axis=2)
-    assert both.any(axis=1).sum() > 10  # its box is hidden by the other, its caption is not
+    assert both.any(axis=1).sum() > 10  # its box is hidden, its caption is not
 
 
-def test_drawing_odd_pictures():
+def test_drawing_edge_cases():
     small = GREY[:, :96, :128]
     none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     assert draw_boxes(small, **none).size == (640, 480)
-    beyond = torch.tensor([[-50.0, -50.0, 900.0, 900.0], [5.0, 5.0, 5.0, 5.0]])
-    assert draw_boxes(GREY[:, :1, :1], beyond, [3, 90]).size == (640, 640)
-    narrow = draw_boxes(GREY[:, :, :9], beyond, [3, 90], names={3: "a name that is far too long"})
+    outside = torch.tensor([[-50.0, -50.0, 900.0, 900.0], [5.0, 5.0, 5.0, 5.0]])
+    assert draw_boxes(GREY[:, :1, :1], outside, [3, 90]).size == (640, 640)
+    narrow = draw_boxes(GREY[:, :, :9], outside, [3, 90], names={3: "a name that is far too long"})
     assert narrow.size == (10, 640)
     sheet = side_by_side(small, {"one": none, "two": {**none, "scores": torch.zeros(0)}})
     assert sheet.width > 2 * 640
-    plain, crowd = (draw_boxes(GREY, beyond[:1], [1], crowd=[many]) for many in (False, True))
+    plain, crowd = (draw_boxes(GREY, outside[:1], [1], crowd=[flag]) for flag in (False, True))
     assert plain != crowd
 
 
@@ -323,7 +323,7 @@ def test_plot(tmp_path):
     assert "AP50" in (tmp_path / "plot.svg").read_text()
 
 
-def test_a_resumed_runs_log(tmp_path):
+def test_log_of_a_resumed_run(tmp_path):
     path = write_log(tmp_path / "log.txt", 4, test=True)
     again = write_log(tmp_path / "again.txt", 2, test=True, scale=3.0).read_text()
     path.write_text(path.read_text() + again)
@@ -348,7 +348,7 @@ def test_a_resumed_runs_log(tmp_path):
         (b"\x89PNG\r\n\xff\xfe", "not a text file"),
     ],
 )
-def test_broken_logs(content, message, tmp_path, capsys):
+def test_invalid_logs(content, message, tmp_path, capsys):
     path = tmp_path / "log.txt"
     if content is not None:
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Proof of learning: from random weights, DN-DETR learns eight images by heart."""
+"""From random weights, DN-DETR overfits eight images."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ ROUNDS, STEPS = 8, 100
 
 @pytest.mark.slow
 def test_overfits_eight_images(tmp_path: Path):
-    # From the validation set, whose images are not augmented: eight images, not eight families.
+    # The validation split, as its images are not augmented.
     root = make_toy_coco(tmp_path, num_train=0, num_val=8, size=96)
     cfg = load_config(
         "configs/toy/dn_dab_detr.py",
@@ -36,8 +36,8 @@ def test_overfits_eight_images(tmp_path: Path):
     for epoch in range(ROUNDS):
         *_, last = train_steps(state, model, criterion, train_loader)
         evaluator = CocoEvaluator(dataset)
-        figures = evaluate(model, criterion, postprocess, test_loader, evaluator, cfg)
-        ap50, loss = figures["coco_eval_bbox"][1], last.stats["loss"]
+        metrics = evaluate(model, criterion, postprocess, test_loader, evaluator, cfg)
+        ap50, loss = metrics["coco_eval_bbox"][1], last.stats["loss"]
         print(f"after {STEPS * (epoch + 1)} steps: loss {loss:.2f}, AP50 {ap50:.3f}")
         if ap50 >= 0.9:
             return

@@ -1,4 +1,4 @@
-"""The command line from end to end: real files, real training, a killed process."""
+"""The command line end to end: real files, real training, a killed process."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 from main import main
 from util.checkpoint import latest_checkpoint, read_checkpoint
 
-# Everything that has a state of its own: schedule, average, dropout's random numbers, denoising.
+# Everything stateful: schedule, average, random numbers of dropout and denoising.
 STATEFUL = ["--epochs", "3", "--save_checkpoint_interval", "1", "--use_ema", "--dropout", "0.1"]
 
 
@@ -35,13 +35,13 @@ def assert_same_state(a: dict, b: dict) -> None:
         assert all(torch.equal(v, b[key][k]) for k, v in a[key].items()), key
     for index, state in a["optimizer"]["state"].items():
         assert all(torch.equal(v, b["optimizer"]["state"][index][k]) for k, v in state.items())
-    for mine, other in zip(a["rng"], b["rng"], strict=True):
-        assert torch.equal(mine["torch"], other["torch"])
+    for first, second in zip(a["rng"], b["rng"], strict=True):
+        assert torch.equal(first["torch"], second["torch"])
 
 
 @pytest.fixture(scope="module")
 def trained(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output directory of an unbroken run of three epochs."""
+    """Output directory of an uninterrupted run of three epochs."""
     from tests.conftest import SMALL
 
     out = tmp_path_factory.mktemp("trained")
@@ -50,7 +50,7 @@ def trained(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_leaves_what_it_should(trained: Path):
+def test_run_writes_its_outputs(trained: Path):
     log = read_log(trained)
     assert [line["epoch"] for line in log] == [0, 1, 2]
     for key in ("train_loss", "train_loss_ce", "train_loss_bbox_dn_0", "train_lr", "test_loss"):
@@ -65,14 +65,14 @@ def test_a_run_leaves_what_it_should(trained: Path):
     assert (trained / "command.txt").read_text().startswith("python main.py -c ")
     assert list(trained.glob("events.out.tfevents.*"))
     checkpoint = read_checkpoint(trained / "checkpoint.pth")
-    wanted = ("model", "ema_model", "optimizer", "lr_scheduler", "epoch", "rng", "config")
-    assert set(wanted) <= set(checkpoint)
+    required = ("model", "ema_model", "optimizer", "lr_scheduler", "epoch", "rng", "config")
+    assert set(required) <= set(checkpoint)
     assert checkpoint["epoch"] == 2
     names = {name: i for _, i, name in checkpoint["class_map"]["categories"]}
     assert names == {"circle": 3, "square": 7, "triangle": 12, "star": 25, "ring": 44, "cross": 81}
 
 
-def test_matching_is_logged_and_goes_on_after_a_stop(toy: Path, tmp_path: Path):
+def test_matching_log_continues_after_a_stop(toy: Path, tmp_path: Path):
     from tests.conftest import SMALL
 
     args = [*SMALL, "--use_dn", "--onecyclelr", "FALSE", "--coco_path", str(toy), "--output_dir"]
@@ -85,7 +85,7 @@ def test_matching_is_logged_and_goes_on_after_a_stop(toy: Path, tmp_path: Path):
         f"test_{k}{i}" for k in ("anchor_distance", "matching_instability") for i in ("_0", "")
     ]
     assert all(line[name] > 0 for line in whole for name in names[:2])
-    assert not any(name in whole[0] for name in names[2:])  # nothing to compare with
+    assert not any(name in whole[0] for name in names[2:])  # no previous epoch
     assert all(0 <= whole[1][name] <= 10 for name in names[2:])
     assert [{n: line.get(n) for n in names} for line in whole] == [
         {n: line.get(n) for n in names} for line in half
@@ -93,14 +93,14 @@ def test_matching_is_logged_and_goes_on_after_a_stop(toy: Path, tmp_path: Path):
     assert whole[0]["train_dn_groups"] == 5 and whole[0]["train_dn_queries"] >= 5
 
 
-def test_one_cycle_cannot_be_prolonged(small: list[str], capsys: pytest.CaptureFixture):
+def test_one_cycle_cannot_be_extended(small: list[str], capsys: pytest.CaptureFixture):
     assert main([*small, "--onecyclelr"]) == 0
     assert main([*small, "--onecyclelr", "--resume", "auto", "--epochs", "2"]) == 2
     assert "resume with its own onecyclelr, epochs, batch_size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_resumed_run_equals_unbroken_one(small: list[str], trained: Path, epoch: int):
+def test_resumed_run_equals_uninterrupted_one(small: list[str], trained: Path, epoch: int):
     """Bit for bit, from any epoch."""
     start = str(trained / f"checkpoint{epoch:04}.pth")
     assert main([*small, *STATEFUL, "--resume", start]) == 0
@@ -114,22 +114,22 @@ def test_resumed_run_equals_unbroken_one(small: list[str], trained: Path, epoch:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_optimizers_resume(optimizer: str, small: list[str], tmp_path: Path, capsys):
-    """Bit for bit, but not with the other one."""
+    """Bit for bit, but only with the same optimiser."""
     args = [*small, "--epochs", "2", "--save_checkpoint_interval", "1", "--optimizer"]
     whole, half = tmp_path / "whole", tmp_path / "half"
     assert main([*args, optimizer, "--output_dir", str(whole)]) == 0
     start = str(whole / "checkpoint0000.pth")
     assert main([*args, optimizer, "--output_dir", str(half), "--resume", start]) == 0
-    ends = [read_checkpoint(out / "checkpoint.pth") for out in (whole, half)]
-    assert all(torch.equal(v, ends[1]["model"][k]) for k, v in ends[0]["model"].items())
-    state = ends[0]["optimizer"]["state"].values()
+    states = [read_checkpoint(out / "checkpoint.pth") for out in (whole, half)]
+    assert all(torch.equal(v, states[1]["model"][k]) for k, v in states[0]["model"].items())
+    state = states[0]["optimizer"]["state"].values()
     assert any("momentum" in s for s in state) == (optimizer == "muon")
     other = {"adamw": "muon", "muon": "adamw"}[optimizer]
     fails_with(capsys, [*args, other, "--resume", start], "its own optimizer, lr")
 
 
-def test_killed_run_goes_on(small: list[str], trained: Path):
-    """kill -9 after the first epoch, then --resume auto: the same end."""
+def test_killed_run_resumes(small: list[str], trained: Path):
+    """kill -9 after the first epoch, then --resume auto: the same result."""
     out = Path(small[-1])
     command = [sys.executable, "main.py", *small, *STATEFUL, "--resume", "auto"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -142,8 +142,8 @@ def test_killed_run_goes_on(small: list[str], trained: Path):
     assert_same_state(*(read_checkpoint(d / "checkpoint.pth") for d in (out, trained)))
 
 
-def test_eval_repeats_the_figures(small: list[str], trained: Path, capsys):
-    """Also per class and as a results file that pycocotools reads."""
+def test_eval_reproduces_the_metrics(small: list[str], trained: Path, capsys):
+    """Also per class, and with a results file that pycocotools reads."""
     checkpoint = str(trained / "checkpoint.pth")
     args = ["--eval", "--resume", checkpoint, "--save_results", "--eval_per_class"]
     assert main([*small, *args, "--use_ema"]) == 0
@@ -201,7 +201,7 @@ def test_released_checkpoint(small: list[str], trained: Path, tmp_path: Path):
 
 
 def test_finetuning_on_other_classes(small: list[str], trained: Path, edit: Callable, capsys):
-    """Weights come along, but for what --finetune_ignore names and what does not fit."""
+    """Loads the weights except those that --finetune_ignore names."""
 
     def two_classes(data: dict) -> None:
         data["categories"] = [{"id": 500, "name": "b"}, {"id": 20, "name": "a"}]
@@ -235,7 +235,7 @@ def test_nonfinite_loss_stops_the_run(small: list[str], capsys):
     assert latest_checkpoint(out) is None
 
 
-def test_gradients_that_overflow_stop_the_run(small: list[str], capsys):
+def test_gradient_overflow_stops_the_run(small: list[str], capsys):
     assert main([*small, "--cls_loss_coef", "1e30"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "the norm of the gradients is inf at epoch 0, step 0" in line
@@ -253,8 +253,8 @@ def test_gradients_that_overflow_stop_the_run(small: list[str], capsys):
         "dino",
     ],
 )
-def test_deformable_models_train_and_a_released_file_evaluates(model, small, tmp_path, capsys):
-    """In the format the authors publish: an argparse Namespace, an optimiser and all."""
+def test_deformable_models_train_and_evaluate_from_released_files(model, small, tmp_path, capsys):
+    """In the authors' format: with an argparse Namespace, the optimiser and so on."""
     options = small[small.index("--backbone") :]
     options += ["--pretrained_backbone", "False", "--dn_number", "2", "--num_patterns", "0"]
     assert main(["-m", model, *options]) == 0
@@ -272,11 +272,11 @@ def test_deformable_models_train_and_a_released_file_evaluates(model, small, tmp
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_mixed_precision(small: list[str], dtype: str):
-    tiny = ["--backbone", "timm/test_resnet"]  # in fp16 a CPU is slow
+    tiny = ["--backbone", "timm/test_resnet"]  # fp16 is slow on CPUs
     assert main([*small, *tiny, "--amp", "--amp_dtype", dtype, "--debug"]) == 0
     (line,) = read_log(Path(small[-1]))
     assert line["train_loss"] > 0
-    assert math.isfinite(line["train_grad_norm"])  # also where fp16 leaves a step out
+    assert math.isfinite(line["train_grad_norm"])  # even if fp16 skips a step
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_schedules(small: list[str], options: list[str]):
 
 @pytest.fixture
 def edit(toy: Path, tmp_path: Path) -> Callable:
-    """edit(change, split): a copy of the toy set whose JSON `change` has altered; its root."""
+    """edit(change, split): the root of a copy of the toy set whose JSON `change` edits."""
 
     def apply(change: Callable[[dict], None], split: str = "train") -> Path:
         root = tmp_path / "edited"
@@ -310,7 +310,7 @@ def edit(toy: Path, tmp_path: Path) -> Callable:
 
 
 def fails_with(capsys, args: list[str], *parts: str) -> None:
-    """`main` ends with status 2 and one line that contains all of `parts`."""
+    """`main` exits with 2 and prints one line that contains all `parts`."""
     assert main(args) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
@@ -333,12 +333,12 @@ def test_missing_data(small: list[str], tmp_path: Path, capsys):
 
 
 def test_bad_annotations(small: list[str], edit: Callable, capsys):
-    def spoil(data: dict) -> None:
+    def corrupt(data: dict) -> None:
         boxes = [[1, 1, float("nan"), 5], [1, 1, -4, 5], [1, 1, 0, 5], [5, 5, 900, 900]]
         for annotation, box in zip(data["annotations"], boxes, strict=False):
             annotation["bbox"] = box
 
-    root = edit(spoil)
+    root = edit(corrupt)
     assert main([*small, "--coco_path", str(root), "--debug"]) == 0
     printed = capsys.readouterr().out
     assert "ignored 3 empty or non-finite boxes" in printed
@@ -425,7 +425,7 @@ def test_checkpoint_of_another_model(small: list[str], trained: Path, capsys):
     assert "transformer.decoder.layers.2.linear1.weight" in error
 
 
-def test_checkpoint_of_no_detector(small: list[str], tmp_path: Path, capsys):
+def test_checkpoint_of_a_classifier(small: list[str], tmp_path: Path, capsys):
     torch.save({"fc.weight": torch.zeros(10, 4)}, tmp_path / "classifier.pth")
     assert main([*small, "--eval", "--resume", str(tmp_path / "classifier.pth")]) == 2
     error = capsys.readouterr().err
@@ -439,19 +439,19 @@ def test_unwritable_output(small: list[str], tmp_path: Path, capsys):
 
 
 def test_other_training_settings(small: list[str], trained: Path, capsys):
-    """Evaluation does not mind them; training cannot go on with another optimiser."""
+    """Evaluation ignores them; training cannot resume with other parameter groups."""
     args = [*small, "--resume", str(trained / "checkpoint0000.pth"), "--lr_backbone", "1e-5"]
     assert main([*args, "--eval"]) == 0
     fails_with(capsys, [*args, "--epochs", "3"], "other parameter groups", "lr_backbone")
 
 
-def test_processes_without_a_meeting_place(small: list[str], capsys, monkeypatch):
+def test_processes_without_a_rendezvous(small: list[str], capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     fails_with(capsys, small, "world_size: process 0 of 8 cannot connect to the others", "torchrun")
 
 
 def test_backbone_weights_from_a_file(small: list[str], tmp_path: Path, capsys):
-    """As torchvision ships them: with a classifier, and for a BatchNorm that counts its steps."""
+    """As torchvision ships them: with a classifier and BatchNorm's step counters."""
     resnet = torchvision.models.resnet18()
     resnet.bn1.running_mean.fill_(0.25)
     path = tmp_path / "resnet18.pth"
@@ -461,7 +461,7 @@ def test_backbone_weights_from_a_file(small: list[str], tmp_path: Path, capsys):
     args.append("--overwrite")
     assert main([*args, "--backbone_weights", str(path)]) == 0
     weights = read_checkpoint(Path(small[-1]) / "checkpoint.pth")["model"]
-    for name in ("conv1.weight", "bn1.running_mean", "layer1.1.conv2.weight"):  # are frozen
+    for name in ("conv1.weight", "bn1.running_mean", "layer1.1.conv2.weight"):  # frozen
         assert torch.equal(weights[f"backbone.0.body.{name}"], resnet.state_dict()[name]), name
     torch.save({"conv1.weight": resnet.conv1.weight.detach()}, path)
     assert main([*args, "--backbone_weights", str(path)]) == 2
@@ -481,7 +481,7 @@ def test_timm_backbone_weights_from_a_file(small: list[str], tmp_path: Path):
     assert torch.equal(weights[f"backbone.0.body.{name}"], source.state_dict()[name])
 
 
-def test_download_that_fails(small: list[str], capsys, monkeypatch, tmp_path: Path):
+def test_failed_download(small: list[str], capsys, monkeypatch, tmp_path: Path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -489,6 +489,6 @@ def test_download_that_fails(small: list[str], capsys, monkeypatch, tmp_path: Pa
     fails_with(capsys, args, "resnet18", "--backbone_weights", "--no_pretrained_backbone")
 
 
-def test_nothing_to_evaluate(small: list[str], capsys):
+def test_eval_without_checkpoint_or_device(small: list[str], capsys):
     fails_with(capsys, [*small, "--eval"], "--resume")
     fails_with(capsys, [*small, "--device", "cuda:77"], "cuda:77")

@@ -1,4 +1,4 @@
-"""The detectors: what parity with the released weights does not show."""
+"""Detector properties that parity with the released weights does not show."""
 
 import math
 
@@ -36,7 +36,7 @@ def make_targets(*counts: int) -> list[dict]:
 
 
 class Patches(nn.Module):
-    """A backbone whose features never look past their own 32 x 32 pixels."""
+    """A backbone whose features depend only on their own 32 x 32 pixels."""
 
     def __init__(self):
         super().__init__()
@@ -47,9 +47,9 @@ class Patches(nn.Module):
         return [NestedTensor(x, resize_mask(images.mask, x))]
 
 
-def test_padding_changes_nothing():
-    """An image gives the same boxes alone and in a batch with a larger one, whatever the padding
-    holds. (Convolutions that overlap carry some of the padding in, in the released models too.)"""
+def test_padding_does_not_affect_predictions():
+    """An image gives the same boxes alone and in a batch with a larger one, for any padding
+    content. (Overlapping convolutions let some padding in, in the released models too.)"""
     model, _, _ = small_model()
     model.backbone[0] = Patches()
     model.eval()
@@ -57,9 +57,9 @@ def test_padding_changes_nothing():
     batch = nested_tensor_from_tensor_list([small, large])
     batch.tensors[0].masked_fill_(batch.mask[0], 100.0)
     with torch.no_grad():
-        alone, batch = model([small]), model(batch)
+        single, batch = model([small]), model(batch)
     for key in ("pred_logits", "pred_boxes"):
-        torch.testing.assert_close(batch[key][:1], alone[key], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(batch[key][:1], single[key], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -88,16 +88,16 @@ def test_backbones(overrides: dict, stride: int, channels: int):
     assert backbone.num_channels[-1] == channels
 
 
-TIMM_MODELS = {  # by what is odd about them
-    "swin_tiny_patch4_window7_224": "channels last, made for one size",
-    "vit_tiny_patch16_224": "one stride, made for one size",
-    "dla34": "wants whole strides",
-    "hrnet_w18_small": "has parts that the smaller maps do not need",
+TIMM_MODELS = {  # name: peculiarity
+    "swin_tiny_patch4_window7_224": "channels last, fixed size",
+    "vit_tiny_patch16_224": "single stride, fixed size",
+    "dla34": "needs multiples of its stride",
+    "hrnet_w18_small": "has weights that the smaller maps do not use",
 }
 
 
 @pytest.mark.parametrize("name", TIMM_MODELS)
-def test_timm_models_of_every_kind(name: str):
+def test_unusual_timm_models(name: str):
     options = {"backbone": f"timm/{name}", "batch_norm_type": "BatchNorm2d"}
     model, _, _ = small_model(**options, return_interm_indices=[2, 3])
     backbone = model.backbone[0]
@@ -116,16 +116,16 @@ def test_timm_models_of_every_kind(name: str):
 @pytest.mark.parametrize(
     "options",
     [
-        {"backbone": "timm/coatnet_nano_rw_224"},  # one size only
+        {"backbone": "timm/coatnet_nano_rw_224"},  # fixed size
         {"backbone": "timm/vit_tiny_patch16_224", "dilation": True},
     ],
 )
-def test_timm_models_that_do_not_suit_are_refused(options: dict):
+def test_unsuitable_timm_models_are_rejected(options: dict):
     with pytest.raises(UserError, match=r"backbone: timm/.* gives no feature maps"):
         small_model(**options)
 
 
-def test_dilated_small_resnet_is_refused():
+def test_dilated_small_resnet_is_rejected():
     with pytest.raises(UserError, match=r"resnet18.*resnet50"):
         small_model(dilation=True)
 
@@ -150,7 +150,7 @@ def test_frozen_parts():
     assert trained(lr_backbone=0) == set()
 
 
-def test_frozen_statistics_stay():
+def test_frozen_statistics_do_not_change():
     model, _, _ = small_model()
     before = {k: v.clone() for k, v in model.named_buffers()}
     model.train()
@@ -162,7 +162,7 @@ def test_frozen_statistics_stay():
 @pytest.mark.parametrize("counts", [(2, 3), (0, 0), (0, 4), (15, 1)])
 @pytest.mark.parametrize("config", ["dab_detr_r50", "dn_dab_detr_r50"])
 def test_every_parameter_gets_a_gradient(config: str, counts: tuple[int, ...]):
-    """As DDP wants it: also without objects, and with more objects than queries."""
+    """As DDP requires, also without objects and with more objects than queries."""
     model, criterion, _ = small_model(config, pretrained_backbone=False)
     model.train()
     targets = make_targets(*counts)
@@ -175,8 +175,8 @@ def test_every_parameter_gets_a_gradient(config: str, counts: tuple[int, ...]):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_denoising_does_not_reach_the_matching_part():
-    """Training with denoising predicts for the matching queries what inference predicts."""
+def test_denoising_does_not_affect_the_matching_part():
+    """Matching queries get the same predictions in training with denoising as in inference."""
     model, _, _ = small_model(dropout=0.0)
     images, targets = [torch.randn(3, 64, 96)] * 2, make_targets(3, 1)
     model.train()
@@ -231,7 +231,7 @@ def test_postprocess_scales_and_sorts():
 
 
 def test_postprocess_with_nms():
-    """As released, whatever the class: of two boxes that overlap more, the better one stays."""
+    """As released, across classes: of two boxes that overlap more, the better is kept."""
     boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.4], [0.52, 0.5, 0.4, 0.4], [0.2, 0.2, 0.1, 0.1]]])
     logits = torch.tensor([[[2.0, -9.0], [-9.0, 1.0], [0.0, -9.0]]])
     outputs, sizes = {"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[100, 200]])

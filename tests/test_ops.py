@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: every backend against the definition, and how it is built."""
+"""Multi-scale deformable attention: every backend against the definition, and the build."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ LEVELS = [(7, 5), (3, 4), (1, 2), (2, 1), (4, 3)]
 
 @pytest.fixture(params=BACKENDS)
 def device(request, monkeypatch) -> torch.device:
-    """The device of each backend, with the backend forced. The C++ one has to be built."""
+    """Each backend's device, with the backend forced. The C++ one must be built."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", request.param)
@@ -29,7 +29,7 @@ def device(request, monkeypatch) -> torch.device:
 
 
 def make_inputs(B=2, Q=9, M=3, D=5, L=3, P=2, *, dtype=torch.float64, device="cpu", seed=0):
-    """Inputs whose locations lie inside, on the border, outside and far outside of the levels."""
+    """Inputs with locations inside, on the border of, outside and far outside the levels."""
     generator = torch.Generator().manual_seed(seed)
     shapes = torch.tensor(LEVELS)[:L]
     sizes = shapes.prod(1)
@@ -75,11 +75,11 @@ def assert_close(actual, expected, tolerance):
         torch.testing.assert_close(a.double(), b.double(), atol=tolerance * scale, rtol=tolerance)
 
 
-def test_it_is_what_the_definition_says(device):
+def test_backend_matches_the_definition(device):
     inputs = make_inputs(device=device)
     output, expected = ms_deform_attn(*inputs), by_loops(*(t.cpu() for t in inputs))
     torch.testing.assert_close(output.cpu(), expected, atol=1e-12, rtol=1e-12)
-    inside = make_inputs(device=device, seed=2)  # no location on a kink, where slopes differ
+    inside = make_inputs(device=device, seed=2)  # not on kinks, where the gradient is undefined
     with torch.no_grad():
         inside[3].copy_(torch.rand(inside[3].shape, generator=torch.manual_seed(3)) * 1.2 - 0.1)
     cpu = [t.detach().cpu().requires_grad_(t.is_floating_point()) for t in inside]
@@ -104,7 +104,7 @@ SIZES = [
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_backends_agree_on_any_sizes(sizes, dtype, device, monkeypatch):
+def test_backends_agree_for_all_sizes(sizes, dtype, device, monkeypatch):
     inputs = make_inputs(*sizes, dtype=dtype, device=device, seed=sum(sizes))
     actual = [ms_deform_attn(*inputs), *grads_of(ms_deform_attn, inputs)]
     assert [t.dtype for t in actual] == [dtype] * 4
@@ -112,12 +112,12 @@ def test_backends_agree_on_any_sizes(sizes, dtype, device, monkeypatch):
     exact = [t.cpu().requires_grad_(t.is_floating_point()) for t in exact]
     monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", "reference")
     expected = [ms_deform_attn(*exact), *grads_of(ms_deform_attn, exact)]
-    # The half types are compared with what their rounded inputs give, and rounded once at the end.
+    # Half types: `expected` has the same rounded inputs, so only the output's rounding differs.
     tolerance = {torch.float64: 1e-11, torch.float32: 1e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
     assert_close([t.cpu() for t in actual], expected, tolerance)
 
 
-def test_half_values_take_precise_locations(device):
+def test_half_values_accept_float32_locations(device):
     value, shapes, starts, locations, weights = make_inputs(
         1, 40, 4, 16, dtype=torch.float32, device=device
     )
@@ -128,12 +128,12 @@ def test_half_values_take_precise_locations(device):
         torch.testing.assert_close(output.float(), expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("nowhere", [math.nan, math.inf, -math.inf, 1e30, -1e30])
-def test_a_location_nowhere_adds_nothing(nowhere, device):
+@pytest.mark.parametrize("coordinate", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+def test_nonfinite_or_far_location_adds_nothing(coordinate, device):
     inputs = make_inputs(1, 30, 2, 16, dtype=torch.float32, device=device)
     with torch.no_grad():
-        inputs[3][:, ::2] = nowhere
-        inputs[3][:, 1, :, :, :, 1] = nowhere
+        inputs[3][:, ::2] = coordinate
+        inputs[3][:, 1, :, :, :, 1] = coordinate
     output, grads = ms_deform_attn(*inputs), grads_of(ms_deform_attn, inputs)
     assert (output[:, ::2] == 0).all() and (output[:, 1] == 0).all()
     assert output[:, 3::2].abs().min() > 0
@@ -143,7 +143,7 @@ def test_a_location_nowhere_adds_nothing(nowhere, device):
 
 
 @pytest.mark.parametrize("empty", ["B", "Q", "M", "D", "L", "P"])
-def test_nothing_in_nothing_out(empty, device):
+def test_empty_inputs_give_zeros(empty, device):
     inputs = make_inputs(**{empty: 0}, device=device)
     value, locations = inputs[0], inputs[3]
     output = ms_deform_attn(*inputs)
@@ -152,7 +152,7 @@ def test_nothing_in_nothing_out(empty, device):
     assert all((g == 0).all() for g in grads_of(ms_deform_attn, inputs))
 
 
-def test_layout_in_memory_does_not_matter(device):
+def test_memory_layout_does_not_matter(device):
     inputs = make_inputs(device=device, dtype=torch.float32)
     expected = [ms_deform_attn(*inputs), *grads_of(ms_deform_attn, inputs)]
     strided = [torch.stack([t.detach()] * 2, dim=-1)[..., 1] for t in inputs]
@@ -161,14 +161,14 @@ def test_layout_in_memory_does_not_matter(device):
     actual = [ms_deform_attn(*strided), *grads_of(ms_deform_attn, strided)]
     assert_close(actual, expected, 1e-6)
     shifted = torch.cat([inputs[0].detach().new_zeros(1), inputs[0].detach().flatten()])[1:]
-    shifted = shifted.view(inputs[0].shape)  # begins between two 16-byte words
+    shifted = shifted.view(inputs[0].shape)  # not aligned to 16 bytes
     torch.testing.assert_close(ms_deform_attn(shifted, *inputs[1:]), expected[0])
 
 
-def test_rows_of_no_level_get_no_gradient(device):
+def test_rows_outside_all_levels_get_no_gradient(device):
     inputs = list(make_inputs(device=device))
     inputs[0] = torch.cat([inputs[0].detach(), inputs[0].detach()], dim=1).requires_grad_()
-    inputs[2] = inputs[2] + torch.arange(3, device=device)  # gaps between levels too
+    inputs[2] = inputs[2] + torch.arange(3, device=device)  # also gaps between levels
     grad = grads_of(ms_deform_attn, inputs)[0]
     used = torch.zeros(grad.shape[1], dtype=torch.bool)
     for (height, width), start in zip(inputs[1].tolist(), inputs[2].tolist(), strict=True):
@@ -183,20 +183,20 @@ def test_gradcheck(device):
     assert torch.autograd.gradcheck(ms_deform_attn, inputs, nondet_tol=1e-12)
 
 
-def test_second_derivative_is_refused(device):
+def test_second_derivative_raises(device):
     inputs = make_inputs(device=device)
     (grad,) = torch.autograd.grad(ms_deform_attn(*inputs).sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
 
 
-def test_the_same_bits_from_run_to_run_and_for_any_number_of_threads(monkeypatch):
+def test_results_are_bit_identical_across_runs_and_thread_counts(monkeypatch):
     monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", "cpp")
     inputs = make_inputs(1, 600, 3, 32, 4, 4, dtype=torch.float32)
     threads = torch.get_num_threads()
     try:
         results = []
-        for n in (1, 1, 2, 3, 7):  # 7 is more than heads, so the levels are split too
+        for n in (1, 1, 2, 3, 7):  # 7 exceeds the heads, so levels are split too
             torch.set_num_threads(n)
             results.append([ms_deform_attn(*inputs), *grads_of(ms_deform_attn, inputs)])
     finally:
@@ -205,7 +205,7 @@ def test_the_same_bits_from_run_to_run_and_for_any_number_of_threads(monkeypatch
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-def test_operator_is_registered_as_torch_wants_it(device):
+def test_operator_registration_passes_opcheck(device):
     inputs = make_inputs(device=device, dtype=torch.float32)
     torch.library.opcheck(torch.ops.dn_dino_ops.ms_deform_attn, inputs)
     grad = ms_deform_attn(*inputs).detach()
@@ -213,14 +213,14 @@ def test_operator_is_registered_as_torch_wants_it(device):
     torch.library.opcheck(torch.ops.dn_dino_ops.ms_deform_attn_backward, (grad, *detached))
 
 
-def make_module_inputs(device, numbers=2, Q=6, seed=0):
+def make_module_inputs(device, ref_dim=2, Q=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shapes = torch.tensor([(6, 8), (3, 4)])
     mask = torch.zeros(2, 60, dtype=torch.bool)
     mask[1, 40:48] = True
     inputs = (
         torch.randn(2, Q, 32, generator=generator),
-        torch.rand(2, Q, 2, numbers, generator=generator),
+        torch.rand(2, Q, 2, ref_dim, generator=generator),
         torch.randn(2, 60, 32, generator=generator),
         shapes,
         torch.tensor([0, 48]),
@@ -278,7 +278,7 @@ def test_module_under_autocast(device):
     assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
-def test_module_starts_as_released():
+def test_module_is_initialised_as_released():
     module = MSDeformAttn(256, 4, 8, 4)
     assert sorted(module.state_dict()) == [
         "attention_weights.bias",
@@ -304,14 +304,14 @@ def test_module_starts_as_released():
     assert (module.output_proj.bias == 0).all()
 
 
-@pytest.mark.parametrize("numbers", [2, 4])
-def test_module_samples_around_its_reference_points(numbers):
-    """Against the op called by hand, as Deformable DETR's equation 3 and appendix A.4 place it."""
+@pytest.mark.parametrize("ref_dim", [2, 4])
+def test_module_samples_around_its_reference_points(ref_dim):
+    """Against a direct call of the op, following Deformable DETR's equation 3 and appendix A.4."""
     torch.manual_seed(0)
     module = MSDeformAttn(32, 2, 4, 3)
     torch.nn.init.normal_(module.sampling_offsets.weight)
     torch.nn.init.normal_(module.attention_weights.weight)
-    query, points, memory, shapes, starts, mask = make_module_inputs("cpu", numbers)
+    query, points, memory, shapes, starts, mask = make_module_inputs("cpu", ref_dim)
     output = module(query, points, memory, shapes, starts, mask)
     value = module.value_proj(memory)
     value[mask] = 0
@@ -320,7 +320,7 @@ def test_module_samples_around_its_reference_points(numbers):
     locations = torch.empty_like(offsets)
     for level, point, axis in itertools.product(range(2), range(3), range(2)):
         offset = offsets[..., level, point, axis]
-        if numbers == 2:
+        if ref_dim == 2:
             step = 1 / shapes[level, 1 - axis]
         else:
             step = points[:, :, level, 2 + axis, None] / (2 * 3)
@@ -330,10 +330,10 @@ def test_module_samples_around_its_reference_points(numbers):
     torch.testing.assert_close(output, module.output_proj(expected))
 
 
-def test_module_refuses_what_does_not_fit():
+def test_module_rejects_invalid_sizes():
     with pytest.raises(ValueError, match=r"d_model=30 .* n_heads=4"):
         MSDeformAttn(30, 2, 4)
-    inputs = make_module_inputs("cpu", numbers=3)
+    inputs = make_module_inputs("cpu", ref_dim=3)
     with pytest.raises(ValueError, match="reference_points must have 2 or 4"):
         MSDeformAttn(32, 2, 4, 3)(*inputs)
 
@@ -367,13 +367,13 @@ def test_errors_name_the_argument(name, change, error, device):
     inputs = dict(zip(NAMES, make_inputs(dtype=torch.float32, device=device), strict=True))
     inputs[name] = change(inputs[name].detach())
     if device.type == "cuda" and name in ("spatial_shapes", "level_start_index"):
-        pytest.skip("the levels' contents are looked at on the CPU only")
+        pytest.skip("level contents are checked on the CPU only")
     with pytest.raises(error, match=name):
         ms_deform_attn(**inputs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_level_that_does_not_fit_is_seen_in_the_output_on_a_gpu():
+def test_level_out_of_bounds_gives_nan_on_a_gpu():
     inputs = make_inputs(dtype=torch.float32, device="cuda")
     inputs[1][1] *= 100
     assert ms_deform_attn(*inputs).isnan().all()
@@ -381,7 +381,7 @@ def test_a_level_that_does_not_fit_is_seen_in_the_output_on_a_gpu():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_deterministic_algorithms_are_not_promised_on_a_gpu(monkeypatch):
+def test_deterministic_algorithms_raise_on_a_gpu(monkeypatch):
     monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", "cuda")
     inputs = make_inputs(dtype=torch.float32, device="cuda")
     torch.use_deterministic_algorithms(True)
@@ -397,7 +397,7 @@ def test_deterministic_algorithms_are_not_promised_on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def fresh_choice():
-    """Forgets which libraries were loaded, before and after the test."""
+    """Clears the caches of loaded libraries before and after the test."""
     native.load.cache_clear()
     _choose.cache_clear()
     yield
@@ -407,7 +407,7 @@ def fresh_choice():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, fresh_choice) -> Path:
-    """An empty folder, the only one in which a library is looked for."""
+    """An empty folder, the only one searched for libraries."""
     monkeypatch.delenv("MS_DEFORM_ATTN_BACKEND", raising=False)
     monkeypatch.setattr(native, "_folders", lambda: [tmp_path])
     return tmp_path
@@ -416,13 +416,13 @@ def folder(tmp_path, monkeypatch, fresh_choice) -> Path:
 CPU = torch.device("cpu")
 
 
-def test_the_compiled_backend_is_taken_where_it_is_built(monkeypatch):
+def test_compiled_backend_is_used_if_built(monkeypatch):
     monkeypatch.delenv("MS_DEFORM_ATTN_BACKEND", raising=False)
     assert choose_backend(CPU) == "cpp"
     assert choose_backend(torch.device("mps")) == "reference"
 
 
-def test_without_a_build_one_line_is_said_and_the_reference_runs(folder, caplog):
+def test_missing_build_warns_in_one_line_and_uses_the_reference(folder, caplog):
     for _ in range(3):
         assert choose_backend(CPU) == "reference"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -432,9 +432,9 @@ def test_without_a_build_one_line_is_said_and_the_reference_runs(folder, caplog)
 
 
 @pytest.mark.parametrize("content", [b"not a library", None])
-def test_a_broken_build_does_not_stop_a_run(folder, caplog, content):
+def test_broken_build_falls_back_to_the_reference(folder, caplog, content):
     library = folder / "libms_deform_attn_cpu.so"
-    if content is None:  # a library, but another one
+    if content is None:  # a library with another ABI
         source = folder / "other.c"
         source.write_text("int ms_deform_attn_cpu_abi(void) { return -1; }\n")
         subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
@@ -445,13 +445,13 @@ def test_a_broken_build_does_not_stop_a_run(folder, caplog, content):
 
 
 @pytest.mark.parametrize("backend", ["cpp", "cuda"])
-def test_forcing_an_absent_backend_is_an_error_with_the_remedy(folder, backend, monkeypatch):
+def test_forcing_an_unbuilt_backend_names_the_build_command(folder, backend, monkeypatch):
     monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", backend)
     with pytest.raises(RuntimeError, match=rf"{backend}.*make op \(or: pip install ./ops\)"):
         ms_deform_attn(*make_inputs())
 
 
-def test_forcing_an_unknown_backend_lists_the_known(monkeypatch):
+def test_forcing_an_unknown_backend_lists_the_choices(monkeypatch):
     monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="triton: choose one of reference, cpp, cuda"):
         ms_deform_attn(*make_inputs())
@@ -469,7 +469,7 @@ def test_status_command():
 
 
 def build(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs setup.py on a copy of ops/, so that the build in use is left alone."""
+    """Runs setup.py on a copy of ops/, so that the current build is unchanged."""
     copy = tmp_path / "ops"
     shutil.copytree(
         ROOT / "ops", copy, ignore=shutil.ignore_patterns("*.so", "build", "*.egg-info")
@@ -483,8 +483,8 @@ def build(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Com
 
 
 def make_toolkit(folder: Path, release: str, compiles: bool = True) -> dict[str, str]:
-    """An nvcc that answers as a toolkit of that release and notes its command, a c++ that only
-    makes its output, and the environment that names both."""
+    """A fake nvcc of that release that records its command, a fake c++ that only creates its
+    output, and the environment that selects both."""
     (folder / "bin").mkdir()
     touch = 'for last; do :; done; touch "$last"'
     scripts = {
@@ -505,14 +505,14 @@ def make_toolkit(folder: Path, release: str, compiles: bool = True) -> dict[str,
     }
 
 
-def test_build_without_cuda_is_for_the_cpu_alone(tmp_path):
+def test_build_without_cuda_has_only_the_cpu_library(tmp_path):
     result = build(tmp_path, "build_ext", "--inplace", MS_DEFORM_ATTN_CPU_ONLY="1")
     assert result.returncode == 0, result.stderr
     assert [path.name for path in (tmp_path / "ops").glob("*.so")] == ["libms_deform_attn_cpu.so"]
 
 
 @pytest.mark.parametrize(
-    ("release", "compiles", "architectures", "said"),
+    ("release", "compiles", "architectures", "message"),
     [
         ("99.1", True, "9.0", "install CUDA toolkit"),
         ("11.8", False, "9.0", "install an older one and select it"),
@@ -520,18 +520,18 @@ def test_build_without_cuda_is_for_the_cpu_alone(tmp_path):
         ("11.8", True, "Hopper", "write it like '8.0;9.0"),
     ],
 )
-def test_a_toolkit_that_does_not_fit_is_explained(tmp_path, release, compiles, architectures, said):
+def test_incompatible_toolkit_is_explained(tmp_path, release, compiles, architectures, message):
     environment = make_toolkit(tmp_path, release, compiles) | {
         "TORCH_CUDA_ARCH_LIST": architectures
     }
     result = build(tmp_path, "build_ext", "--inplace", **environment)
     assert result.returncode == 0, result.stderr
     paragraph = next(p for p in result.stdout.split("\n\n") if "is not built" in p)
-    assert said in paragraph and "The CPU kernel is." in paragraph
+    assert message in paragraph and "The CPU kernel is." in paragraph
     assert (tmp_path / "ops" / "libms_deform_attn_cpu.so").exists()
 
 
-def test_architectures_are_those_asked_for(tmp_path):
+def test_requested_architectures_are_compiled(tmp_path):
     build(tmp_path, "build_ext", "--inplace", **make_toolkit(tmp_path, "11.8"))
     command = (tmp_path / "command").read_text()
     for kind in ("80,code=sm_80", "90,code=sm_90", "90,code=compute_90"):
@@ -540,7 +540,7 @@ def test_architectures_are_those_asked_for(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_the_cuda_kernel_compiles(tmp_path):
+def test_cuda_kernel_compiles(tmp_path):
     result = build(tmp_path, "build_ext", "--inplace", TORCH_CUDA_ARCH_LIST="9.0")
     library = tmp_path / "ops" / "libms_deform_attn_cuda.so"
     assert library.exists(), result.stdout + result.stderr
@@ -549,11 +549,11 @@ def test_the_cuda_kernel_compiles(tmp_path):
         assert f"ms_deform_attn_cuda_{name}".encode() in symbols
 
 
-@pytest.mark.parametrize("way", ["pip", "setup.py"])
-def test_installed_it_is_a_package_of_its_own(tmp_path, way):
+@pytest.mark.parametrize("method", ["pip", "setup.py"])
+def test_installs_as_a_standalone_package(tmp_path, method):
     """`pip install ./ops` and the released `python setup.py build install`, into a folder."""
     target = tmp_path / "site"
-    if way == "pip":
+    if method == "pip":
         command = [
             sys.executable,
             "-m",

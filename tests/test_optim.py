@@ -1,4 +1,4 @@
-"""Which parameter learns at which rate, and the rates over a run."""
+"""Each parameter's learning rate, and the schedules."""
 
 import pytest
 import torch
@@ -17,13 +17,13 @@ from util.optim import (
 
 
 class Tiny(nn.Module):
-    """Names as a deformable detector has them."""
+    """Parameter names as in a deformable detector."""
 
     def __init__(self):
         super().__init__()
         self.backbone = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)])
         self.hidden = nn.Linear(4, 4)
-        self.input_proj = nn.GroupNorm(2, 4)  # a norm that is not called so
+        self.input_proj = nn.GroupNorm(2, 4)  # a norm not called "norm"
         self.sampling_offsets = nn.Linear(4, 4)
         self.norm = nn.LayerNorm(4)
         self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
@@ -42,20 +42,20 @@ def settings(param_dict_type: str) -> dict[str, tuple[float, float]]:
     return found
 
 
-def test_default_slows_the_backbone():
+def test_default_lowers_the_backbone_rate():
     found = settings("default")
     assert found["backbone.0.weight"] == found["backbone.1.bias"] == (1e-5, 1e-4)
     assert found["sampling_offsets.weight"] == found["norm.weight"] == (1e-4, 1e-4)
 
 
-def test_ddetr_in_mmdet_slows_sampling_offsets():
+def test_ddetr_in_mmdet_lowers_the_sampling_offsets_rate():
     found = settings("ddetr_in_mmdet")
     assert found["sampling_offsets.weight"] == (pytest.approx(1e-5), 1e-4)
     assert found["norm.weight"] == (1e-4, 1e-4)
 
 
-def test_large_wd_spares_what_is_called_norm_or_bias():
-    """As released, by names: so not the backbone's bn1 nor the norms in input_proj."""
+def test_large_wd_exempts_norms_and_biases_by_name():
+    """As released, so neither the backbone's bn1 nor the norms in input_proj."""
     found = settings("large_wd")
     assert found["backbone.0.weight"] == found["backbone.1.weight"] == (1e-5, 1e-4)
     assert found["backbone.0.bias"] == (1e-5, 0)
@@ -84,7 +84,7 @@ def test_step_schedules(options: dict, expected: list[float]):
 
 
 def test_one_cycle_peaks_at_the_same_rate_in_every_group():
-    """As released, the backbone's too."""
+    """As released, including the backbone."""
     cfg = load_config(None, {"onecyclelr": True, "epochs": 2})
     optimizer = build_optimizer(Tiny(), cfg)
     scheduler, every_step = build_scheduler(optimizer, cfg, steps_per_epoch=50)
@@ -114,7 +114,7 @@ def test_muon_steps_are_orthogonal_between_hidden_layers_only():
     optimizer.step()
     steps = {name: before - model[name].weight.detach() for name, before in steps.items()}
     values = torch.linalg.svdvals(steps["linear1"])
-    assert values.max() / values.min() < 4  # of the gradient: 10
+    assert values.max() / values.min() < 4  # the gradient's: 10
     assert values.mean() == pytest.approx(3e-2 * 0.2 * 16**0.5, rel=0.3)
     adamw = 1e-2 * model["class_embed"].weight.grad.sign()  # its first step
     torch.testing.assert_close(steps["class_embed"], adamw, rtol=1e-3, atol=0)
@@ -146,30 +146,30 @@ def test_muon_leaves_embeddings_stem_and_heads_to_adamw():
         assert "transformer.encoder.layers.0.linear1.weight" in found
 
 
-def test_muon_steps_are_those_of_torch(monkeypatch: pytest.MonkeyPatch):
-    """With torch's iteration in place of ours, but for its bfloat16."""
+def test_muon_steps_match_torch(monkeypatch: pytest.MonkeyPatch):
+    """With torch's iteration in place of ours, up to its bfloat16 rounding."""
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 12 * 20).view(12, 20)) for _ in range(2))
     monkeypatch.setattr("util.optim.COEFFICIENTS", [(3.4445, -4.775, 2.0315)] * 5)
     monkeypatch.setattr("util.optim.MUON_RATE", 1)
     rates = {"lr": 0.02, "weight_decay": 0.3}
-    mine = Muon([{"params": [ours], "hidden": True, **rates}])
+    muon = Muon([{"params": [ours], "hidden": True, **rates}])
     options = {"momentum": MUON_MOMENTUM, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}
     oracle = torch.optim.Muon([theirs], **rates, **options)
     for seed in range(3):
         gradient = torch.randn(12, 20, generator=torch.Generator().manual_seed(seed))
         before = theirs.detach().clone()
-        for parameter, optimizer in ((ours, mine), (theirs, oracle)):
+        for parameter, optimizer in ((ours, muon), (theirs, oracle)):
             parameter.grad = gradient.clone()
             optimizer.step()
         length = (theirs - before).norm()
         assert (ours - theirs).norm() < 0.05 * length
 
 
-def test_a_released_optimizer_is_taken_in_the_order_of_its_own_model():
+def test_released_optimizer_state_follows_its_own_parameter_order():
     """Its groups are "not backbone" and "backbone"; frozen weights are in neither."""
     torch.manual_seed(0)
     theirs, ours = Tiny(), Tiny()
-    names = list(theirs.state_dict())[::-1]  # as if their model was built the other way round
+    names = list(theirs.state_dict())[::-1]  # as if their model were built in reverse order
     trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
     ordered = [n for n in names if n in trained]
     groups = [[trained[n] for n in ordered if ("backbone" in n) == b] for b in (False, True)]

@@ -1,8 +1,7 @@
-"""An implementation of others, with the same weights, gives the same boxes and scores.
+"""Independent implementations with the same weights give the same boxes and scores.
 
-transformers' DAB-DETR and Deformable DETR were ported from the authors' code by other people and
-verified by them on the released checkpoints. Tolerances are what float32 leaves of two orders of
-summation.
+transformers' DAB-DETR and Deformable DETR were ported from the authors' code by others, who
+verified them on the released checkpoints. Tolerances cover float32 summation order.
 """
 
 import re
@@ -78,7 +77,7 @@ def their_state_dict(
 
 
 def randomise(model: nn.Module) -> None:
-    """Moves every weight away from initial values that would hide a difference, zeros above all."""
+    """Perturbs initial values that would hide a difference, above all zeros."""
     zeros = ("bbox_embed", "sampling_offsets", "attention_weights")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("running_var"):
@@ -91,8 +90,8 @@ def padded_images(*sizes: tuple[int, int]) -> NestedTensor:
     return nested_tensor_from_tensor_list([torch.randn(3, *size) for size in sizes])
 
 
-def close(mine: torch.Tensor, other: torch.Tensor) -> None:
-    torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-5)
+def close(ours: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, other, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_patterns", [0, 2])
@@ -137,19 +136,19 @@ def test_dab_detr_equals_transformers(num_patterns: int):
     images = padded_images((96, 128), (128, 96))
     model.eval(), theirs.eval()
     with torch.no_grad():
-        mine = model(images)
+        ours = model(images)
         other = theirs(pixel_values=images.tensors, pixel_mask=(~images.mask).long())
-    close(mine["pred_logits"], other.logits)
-    close(mine["pred_boxes"], other.pred_boxes)
-    assert mine["pred_boxes"].std() > 0.05, "boxes that are all alike would prove little"
+    close(ours["pred_logits"], other.logits)
+    close(ours["pred_boxes"], other.pred_boxes)
+    assert ours["pred_boxes"].std() > 0.05, "the comparison would be vacuous"
 
 
 def test_deformable_encoder_selection_and_decoder_equal_transformers():
-    """Two-stage Deformable DETR with refined boxes, of four levels, one of them not the backbone's.
+    """Two-stage Deformable DETR with box refinement and four levels, one beyond the backbone's.
 
-    The two differ in the queries alone. Theirs come from the selected anchors through `pos_trans`:
-    the content, and a positional query that all layers share. So here our decoder has theirs.
-    Without two stages there is nothing to compare: theirs begin with points, ours with boxes.
+    The two differ only in the queries: theirs derive the content and a positional query shared by
+    all layers from the selected anchors through `pos_trans`. Our decoder uses theirs here.
+    One-stage models cannot be compared: theirs start from points, ours from boxes.
     """
     torch.manual_seed(0)
     cfg = load_config(
@@ -171,10 +170,10 @@ def test_deformable_encoder_selection_and_decoder_equal_transformers():
     model, _, _ = build_model(cfg)
     randomise(model)
     transformer, decoder = model.transformer, model.transformer.decoder
-    decoder.query_scale = None  # as `scales_queries=False` makes it
+    decoder.query_scale = None  # as with `scales_queries=False`
     del decoder.ref_point_head
-    # Tokens without a proposal, whose features are all alike, score least: an infinite anchor among
-    # the selected would meet the two models' different clamps, see below.
+    # Tokens without a proposal, which have equal features, must score lowest: the two models would
+    # clamp a selected infinite anchor differently, see below.
     featureless = transformer.enc_output_norm(transformer.enc_output.bias)
     model.class_embed[-1].weight.data[0] = -0.1 * featureless
     their_config = transformers.DeformableDetrConfig(
@@ -210,8 +209,8 @@ def test_deformable_encoder_selection_and_decoder_equal_transformers():
         return Queries(content, selected.anchors, {})
 
     model.queries = their_queries
-    # No multiples of the strides: every level has another part of padding. Wide enough for
-    # proposals nearer to the edge than 0.01, which count for nothing.
+    # Not multiples of the strides, so that levels differ in padding. Wide enough for proposals
+    # within 0.01 of the edge, which are discarded.
     images = padded_images((70, 420), (120, 260))
     model.eval(), theirs.eval()
     with torch.no_grad():
@@ -219,21 +218,21 @@ def test_deformable_encoder_selection_and_decoder_equal_transformers():
         memory, tokens = encoded.memory, encoded.tokens
         selected, queries = model.select(memory, tokens), model.queries(encoded)
         states, boxes, _ = decoder(queries.content, queries.anchors, None, memory, tokens)
-        mine = model(images)
+        ours = model(images)
         other = theirs(pixel_values=images.tensors, pixel_mask=(~images.mask).long())
-    close(memory, other.encoder_last_hidden_state)  # tokens of padding, too
+    close(memory, other.encoder_last_hidden_state)  # including padding tokens
     close(selected.logits, other.enc_outputs_class)
     close(selected.boxes, other.enc_outputs_coord_logits)  # infinite at the same tokens
     index = other.enc_outputs_class[..., 0].topk(20, dim=1).indices
     torch.testing.assert_close(selected.index, index)
     anchors = selected.anchors.sigmoid()
     close(anchors, other.init_reference_points)
-    # Nearer to 0 and 1 our inverse sigmoid clamps, at 1e-3, and theirs, at 1e-5, does not yet: the
-    # box heads are small, so that no box gets there.
+    # Our inverse sigmoid clamps at 1e-3, theirs at 1e-5: the box heads are small enough that no
+    # box gets there.
     refined = torch.cat([anchors[None], boxes[:-1]])
     assert refined.min() > 1e-3 and refined.max() < 1 - 1e-3
     close(states, other.intermediate_hidden_states.transpose(0, 1))
     close(boxes, other.intermediate_reference_points.transpose(0, 1))
-    close(mine["pred_logits"], other.logits)
-    close(mine["pred_boxes"], other.pred_boxes)
-    assert anchors.std() > 0.05 and (boxes - anchors).std() > 0.01, "little would be proven"
+    close(ours["pred_logits"], other.logits)
+    close(ours["pred_boxes"], other.pred_boxes)
+    assert anchors.std() > 0.05 and (boxes - anchors).std() > 0.01, "the comparison is vacuous"

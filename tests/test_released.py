@@ -1,10 +1,10 @@
-"""The authors' own command lines and config files, as they wrote them.
+"""The authors' original command lines and config files.
 
     python -m tests.test_released      # prints the README's table of the command lines
 
-`released/commands.json` has those of the READMEs and scripts of DAB-DETR, DN-DETR and DINO, with
-COCO, CHECKPOINT, BACKBONES and JOB for paths; `released/dino_configs.json` the values of DINO's
-config files, of all but the first those that differ from it.
+`released/commands.json` has the command lines in the READMEs and scripts of DAB-DETR, DN-DETR and
+DINO, with COCO, CHECKPOINT, BACKBONES and JOB as paths; `released/dino_configs.json` the values of
+DINO's config files, as differences from the first.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ COMMANDS = json.loads((FOLDER / "commands.json").read_text())
 DINO_CONFIGS = json.loads((FOLDER / "dino_configs.json").read_text())
 FIRST = DINO_CONFIGS["DINO_4scale.py"]
 
-# What each -c or -m of them means here.
+# Their -c or -m: our config.
 CONFIGS = {
     "config/DINO/DINO_4scale.py": "dino_4scale_r50",
     "config/DINO/DINO_5scale.py": "dino_5scale_r50",
@@ -41,13 +41,13 @@ CONFIGS = {
         "dn_dab_deformable_detr_deformable_encoder_only_r50_3pat"
     ),
 }
-# What says where a run is, not what it does.
+# Options for locations and resources, not settings.
 PLACES = ("--output_dir", "--coco_path", "--resume", "backbone_dir=BACKBONES")
 PLACES += ("--job_dir", "--job_name", "--timeout", "--ngpus", "--nodes")
 
 
 def config_of(argv: list[str]) -> str:
-    """The name of the config with the published settings of a command line."""
+    """The name of the config with a command line's published settings."""
     name = argv[argv.index("-c" if "-c" in argv else "-m") + 1]
     both = f"{name} --use_dn"
     return CONFIGS[both if "--use_dn" in argv and both in CONFIGS else name]
@@ -61,13 +61,13 @@ def parse(command: dict[str, Any]) -> Config:
 
 
 def differences(cfg: Config, other: Config) -> dict[str, Any]:
-    """{option: its value in cfg} of the options in which they differ."""
+    """{option: its value in cfg} for the options that differ."""
     values = dataclasses.asdict(other)
     return {k: v for k, v in dataclasses.asdict(cfg).items() if values[k] != v}
 
 
 def table() -> str:
-    """The README's: what every command line says but for places, and the config that it means."""
+    """The README's table: each command line without PLACES, and its config."""
     rows = {}
     for argv in (command["argv"] for command in COMMANDS):
         words = list(argv)
@@ -80,8 +80,8 @@ def table() -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c["source"])
-def test_a_published_command_gives_the_published_settings(command: dict[str, Any]):
-    """Those of its config, but for paths, --eval and the batch size of evaluations."""
+def test_published_command_gives_the_published_settings(command: dict[str, Any]):
+    """Those of its config, except for paths, --eval and the evaluation batch size."""
     cfg, argv = parse(command), command["argv"]
     found = differences(cfg, load_config(f"configs/{config_of(argv)}.py"))
     paths = {"coco_path": "COCO", "resume": "CHECKPOINT", "backbone_dir": "BACKBONES"}
@@ -91,12 +91,12 @@ def test_a_published_command_gives_the_published_settings(command: dict[str, Any
         argv[argv.index("--output_dir") + 1] if "--output_dir" in argv else None
     )
     assert found.pop("eval", False) == ("--eval" in argv)
-    # One README trains on one GPU first, a batch of 1; the published batch is that of 8 GPUs.
+    # One README starts on one GPU with batch size 1; the published one is for 8 GPUs.
     assert found.pop("batch_size", 1) == 1
     assert found == {}
 
 
-def test_denoising_for_a_model_without_is_said_in_a_line(caplog: pytest.LogCaptureFixture):
+def test_switch_to_the_denoising_model_is_logged_in_a_line(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO):
         cfg = parse_command_line(["-m", "dab_deformable_detr", "--use_dn"])
     assert cfg.modelname == "dn_dab_deformable_detr"
@@ -104,11 +104,11 @@ def test_denoising_for_a_model_without_is_said_in_a_line(caplog: pytest.LogCaptu
     assert "dab_deformable_detr" in line and "dn_dab_deformable_detr" in line
 
 
-def test_the_readme_lists_them():
+def test_readme_lists_the_commands():
     assert table() in Path("README.md").read_text()
 
 
-def test_the_readme_s_table_of_published_runs_says_what_the_configs_say():
+def test_readme_table_of_published_runs_matches_the_configs():
     row = re.compile(
         r"^\| `(\w+)` \| (\d+) x (\d+)[^|]*\| (\d+), (\d+)[^|]*\| (\S+), (\S+) \|", re.MULTILINE
     )
@@ -116,14 +116,14 @@ def test_the_readme_s_table_of_published_runs_says_what_the_configs_say():
     assert {name for name, *_ in rows} == {path.stem for path in CONFIG_DIR.glob("*.py")}
     for name, gpus, images, *numbers in rows:
         cfg = load_config(f"configs/{name}.py")
-        wanted = cfg.batch_size, cfg.epochs, cfg.lr_drop, cfg.lr, cfg.lr_backbone
-        assert (int(images), *map(float, numbers)) == wanted, name
+        expected = cfg.batch_size, cfg.epochs, cfg.lr_drop, cfg.lr, cfg.lr_backbone
+        assert (int(images), *map(float, numbers)) == expected, name
         assert int(gpus) * int(images) == 16
 
 
 @pytest.mark.parametrize("name", DINO_CONFIGS)
-def test_a_released_config_file_loads(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """In silence, with our config's settings but for what their scripts add or theirs alone say."""
+def test_released_config_file_loads(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Silently, with our config's settings except those only in their scripts or files."""
     path, values = tmp_path / name, FIRST | DINO_CONFIGS[name]
     path.write_text("".join(f"{k} = {v!r}\n" for k, v in values.items()))
     with caplog.at_level(logging.INFO):
@@ -152,16 +152,16 @@ OTHER_VALUES = {
 
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
-def test_a_value_that_is_not_supported_is_refused(name: str, tmp_path: Path):
-    """In a file, among --options and as a flag, in one line that names it."""
+def test_unsupported_value_is_rejected(name: str, tmp_path: Path):
+    """In a file, in --options and as a flag, in one line that names it."""
     value = OTHER_VALUES[name]
     path = tmp_path / "theirs.py"
     path.write_text(f"{name} = {value!r}\n")
     words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    ways = [["-c", str(path)], ["--options", f"{name}={','.join(words)}"]]
+    commands = [["-c", str(path)], ["--options", f"{name}={','.join(words)}"]]
     if name != "two_stage_type":
-        ways += [[f"--{name}", *([] if value is True else words)]]
-    for argv in ways:
+        commands += [[f"--{name}", *([] if value is True else words)]]
+    for argv in commands:
         with pytest.raises(UserError, match=f"^{name}: .* is not supported, only") as error:
             parse_command_line(argv)
         assert "\n" not in str(error.value)
@@ -176,7 +176,7 @@ def test_a_value_that_is_not_supported_is_refused(name: str, tmp_path: Path):
         "--options lr_backbone_names=['backbone.0'] frozen_weights=None query_dim=4",
     ],
 )
-def test_options_with_nothing_to_choose_change_nothing(line: str):
+def test_options_with_a_single_choice_have_no_effect(line: str):
     assert parse_command_line(line.split()) == Config()
 
 
@@ -198,7 +198,7 @@ def test_options_with_nothing_to_choose_change_nothing(line: str):
     ],
 )
 def test_odd_values_in_a_file(text: str, expected: dict | str, tmp_path: Path):
-    """None, or a number where a list is meant: taken, or one line."""
+    """None, or a scalar for a list: accepted, or a one-line error."""
     path = tmp_path / "mine.py"
     path.write_text(text + "\n")
     if isinstance(expected, dict):

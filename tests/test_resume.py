@@ -1,4 +1,4 @@
-"""Going on: from the run that a directory holds, from a released file, with other settings."""
+"""Resuming: from a directory's run, from a released file, with other settings."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from main import main
 from tests.test_main import assert_same_state, fails_with, read_log
 from util.checkpoint import read_checkpoint
 
-# A schedule of epochs and the published optimiser, unlike the toy config's.
+# Per-epoch schedule and published optimiser, unlike the toy config's.
 PLAIN = ["--onecyclelr", "FALSE", "--optimizer", "adamw", "--use_dn", "--lr", "1e-3"]
 PLAIN += ["--lr_backbone", "1e-4", "--save_checkpoint_interval", "1"]
 
@@ -25,8 +25,8 @@ def rates(out: Path) -> list[float]:
     return [line["train_lr"] for line in read_log(out)]
 
 
-def test_a_directory_that_holds_a_run_goes_on(plain: list[str], tmp_path: Path, capsys):
-    """As in DINO's code, whatever --resume says, and told in a line."""
+def test_run_in_the_output_directory_is_resumed(plain: list[str], tmp_path: Path, capsys):
+    """As in DINO's code, for any --resume, and logged in one line."""
     out, other = tmp_path / "out", tmp_path / "other"
     assert main([*plain, "--epochs", "2", "--output_dir", str(other)]) == 0
     assert main(plain) == 0
@@ -36,28 +36,28 @@ def test_a_directory_that_holds_a_run_goes_on(plain: list[str], tmp_path: Path, 
     assert f"{out} contains a run; resuming it after epoch 0 instead of {other}" in printed
     assert "--overwrite starts over" in printed
     assert [line["epoch"] for line in read_log(out)] == [0, 1]
-    ends = [read_checkpoint(directory / "checkpoint.pth") for directory in (out, other)]
-    for state in ends:
+    states = [read_checkpoint(directory / "checkpoint.pth") for directory in (out, other)]
+    for state in states:
         state["ema_model"] = {}
-    assert_same_state(*ends)
-    # Another of its own checkpoints may be named.
+    assert_same_state(*states)
+    # --resume may name another of its checkpoints.
     assert main([*plain, "--epochs", "2", "--resume", str(out / "checkpoint0000.pth")]) == 0
     assert "contains a run" not in capsys.readouterr().out
     assert [line["epoch"] for line in read_log(out)] == [0, 1]
 
 
-def test_overwrite_begins_anew(plain: list[str], tmp_path: Path, capsys, monkeypatch):
+def test_overwrite_starts_over(plain: list[str], tmp_path: Path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert main([*plain, "--epochs", "2"]) == 0
     before = {path: path.read_bytes() for path in out.glob("checkpoint*.pth")}
-    assert len(before) == 5  # the newest, the one before, the best, and one of each epoch
-    # A mistake costs nothing.
+    assert len(before) == 5  # latest, previous, best and one per epoch
+    # Errors remove nothing.
     fails_with(capsys, [*plain, "--overwrite", "--coco_path", str(tmp_path)], "annotations")
     own = str(out / "checkpoint.pth")
     fails_with(capsys, [*plain, "--overwrite", "--resume", own], f"overwrite: would remove {own}")
     fails_with(capsys, [*plain, "--overwrite", "--resume", "auto"], "mutually exclusive")
     assert {path: path.read_bytes() for path in out.glob("checkpoint*.pth")} == before
-    # Neither does Slurm's or torchrun's starting the same command again.
+    # Neither does a restart by Slurm or torchrun.
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert main([*plain, "--overwrite", "--epochs", "3"]) == 0
     assert [line["epoch"] for line in read_log(out)] == [0, 1, 2]
@@ -69,24 +69,24 @@ def test_overwrite_begins_anew(plain: list[str], tmp_path: Path, capsys, monkeyp
 
 
 @pytest.mark.parametrize("keeps_optimizer", [True, False])
-def test_a_released_checkpoint_goes_on_at_its_epoch_s_rate(
+def test_released_checkpoint_resumes_at_the_rate_of_its_epoch(
     plain: list[str], tmp_path: Path, capsys, keeps_optimizer: bool
 ):
-    """With the optimiser of its two groups, where the file has one that fits."""
+    """With its two-group optimiser state, if that fits."""
     assert main([*plain, "--output_dir", str(tmp_path / "before")]) == 0
     ours = read_checkpoint(tmp_path / "before" / "checkpoint.pth")
     weights = ours["model"]
     trained = [k for k, v in weights.items() if v.is_floating_point() and "running" not in k]
-    trained = [k for k in trained if not k.startswith("bbox_embed")]  # listed before, as shared
+    trained = [k for k in trained if not k.startswith("bbox_embed")]  # shared, so duplicates
     rest, backbone = ([k for k in trained if ("backbone" in k) == b] for b in (False, True))
-    rest += [] if keeps_optimizer else ["one too many"]
+    rest += [] if keeps_optimizer else ["extra"]
     moment = lambda name: torch.full_like(weights.get(name, torch.zeros(1)), 0.5)
     state = {
         i: {"step": 7, "exp_avg": moment(k), "exp_avg_sq": moment(k)}
         for i, k in enumerate([*rest, *backbone])
     }
-    numbers = list(range(len(rest))), list(range(len(rest), len(state)))
-    groups = [{"lr": 1e-9, "params": n} for n in numbers]
+    indices = list(range(len(rest))), list(range(len(rest), len(state)))
+    groups = [{"lr": 1e-9, "params": n} for n in indices]
     released = {"model": weights, "optimizer": {"state": state, "param_groups": groups}}
     released |= {"lr_scheduler": {"step_size": 40}, "epoch": 44, "class_map": ours["class_map"]}
     path = tmp_path / "released.pth"
@@ -97,13 +97,13 @@ def test_a_released_checkpoint_goes_on_at_its_epoch_s_rate(
     assert f"resume: next is epoch 45, with {how} {path}" in capsys.readouterr().out
     assert [line["epoch"] for line in read_log(tmp_path / "out")] == [45]
     assert rates(tmp_path / "out") == pytest.approx([1e-4])
-    ended = read_checkpoint(tmp_path / "out" / "checkpoint.pth")["optimizer"]
-    assert sorted(group["lr"] for group in ended["param_groups"]) == pytest.approx([1e-5, 1e-4])
-    steps = {int(state["step"]) for state in ended["state"].values()}
+    final = read_checkpoint(tmp_path / "out" / "checkpoint.pth")["optimizer"]
+    assert sorted(group["lr"] for group in final["param_groups"]) == pytest.approx([1e-5, 1e-4])
+    steps = {int(state["step"]) for state in final["state"].values()}
     assert steps == {6 + 7 * keeps_optimizer}
 
 
-def test_other_rates_take_no_effect_and_that_is_said(plain: list[str], tmp_path: Path, capsys):
+def test_other_rates_are_ignored_with_a_message(plain: list[str], tmp_path: Path, capsys):
     out, start = tmp_path / "out", [*plain, "--lr_drop", "2"]
     assert main(start) == 0
     capsys.readouterr()
@@ -114,7 +114,7 @@ def test_other_rates_take_no_effect_and_that_is_said(plain: list[str], tmp_path:
         "0.005, weight_decay 0.5, lr_drop 1 (--override_resumed_lr_drop changes the drops)"
     ) in capsys.readouterr().out
     assert rates(out) == pytest.approx([1e-3, 1e-3])
-    # What stays is in the files, and so is said again.
+    # The kept values are saved, so the message recurs.
     assert json.loads((out / "config.json").read_text())["lr_drop"] == 2
     assert main([*start, "--epochs", "3", "--lr", "5e-3"]) == 0
     printed = capsys.readouterr().out
@@ -133,10 +133,10 @@ def test_other_rates_take_no_effect_and_that_is_said(plain: list[str], tmp_path:
         (["--drop_lr_now", "--override_resumed_lr_drop", "--lr_drop", "2"], [1e-3, 1e-4, 1e-5]),
     ],
 )
-def test_a_resumed_schedule_can_be_changed(
+def test_resumed_schedule_can_be_changed(
     plain: list[str], tmp_path: Path, capsys, options: list[str], expected: list[float]
 ):
-    """By the released flags, once: not again when the changed run goes on."""
+    """By the released flags, once: not again when the changed run is resumed."""
     assert main([*plain, "--lr_drop", "10"]) == 0
     for epochs in range(2, len(expected) + 1):
         assert main([*plain, "--lr_drop", "10", *options, "--epochs", str(epochs)]) == 0
@@ -144,8 +144,8 @@ def test_a_resumed_schedule_can_be_changed(
     assert rates(tmp_path / "out") == pytest.approx(expected)
 
 
-def test_the_average_begins_with_the_weights_of_its_epoch(plain: list[str], tmp_path: Path):
-    """With decay 1 it stays at them; until then the best checkpoint is the model's."""
+def test_average_starts_from_the_weights_of_its_epoch(plain: list[str], tmp_path: Path):
+    """With decay 1 it keeps them; before, the best checkpoint is the model's."""
     args = [*plain, "--use_ema", "--ema_epoch", "1", "--ema_decay", "1"]
     out = tmp_path / "out"
     assert main(args) == 0

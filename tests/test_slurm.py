@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: a job that is preempted and runs out of time, and loses nothing."""
+"""A real Slurm on this machine: a job preempted and timed out loses no progress."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None
     ]
     if missing or os.geteuid() != 0:
-        pytest.skip(f"Slurm cannot be started: {', '.join(missing) or 'only root can'}")
+        pytest.skip(f"Slurm needs {', '.join(missing) or 'root'}")
     monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm" / "slurm.conf"))
     subprocess.run([SCRIPT, "start", tmp_path / "slurm"], check=True, timeout=60)
@@ -44,45 +44,45 @@ def wait_for(condition: Callable[[], bool], seconds: float, job: Path) -> None:
     while not condition():
         if time.monotonic() > end:
             printed = [path.read_text()[-2000:] for path in job.glob("*_log.*")]
-            pytest.fail("\n".join(["waited in vain; the job printed:", *printed]))
+            pytest.fail("\n".join(["timed out; the job printed:", *printed]))
         time.sleep(0.2)
 
 
-def test_job_that_is_preempted_and_timed_out_is_one_unbroken_run(
+def test_preempted_and_timed_out_job_equals_an_uninterrupted_run(
     cluster: Path, toy: Path, capsys: pytest.CaptureFixture
 ):
-    """Two tasks; `scontrol requeue`, then the signal that Slurm sends before the time is up. Being
-    started again by Slurm, it goes on in spite of --overwrite."""
+    """Two tasks; `scontrol requeue`, then the signal Slurm sends before the time limit. Restarted
+    by Slurm, the job resumes despite --overwrite."""
     args = [*SMALL, *STATEFUL, "--coco_path", str(toy), "--overwrite"]
     slurm = ["--ngpus", "0", "--ntasks_per_node", "2", "--cpus_per_task", "1", "--mem_gb", "2"]
     slurm += ["--timeout", "30", "--comment", "a test", "--job_dir", str(cluster / "job_%j")]
     slurm += ["--requeue", "--mail_user", "someone@example.org", "--mail_type", "END"]
     assert main([*slurm, *args]) == 0
-    number = re.search(r"job (\d+), checkpoints", capsys.readouterr().out)[1]
-    job = cluster / f"job_{number}"
-    show = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True)
+    job_id = re.search(r"job (\d+), checkpoints", capsys.readouterr().out)[1]
+    job = cluster / f"job_{job_id}"
+    show = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True)
     assert "MailUser=someone@example.org MailType=END" in show.stdout
     epochs = lambda: len(read_log(job)) if (job / "log.txt").exists() else 0
 
     def state() -> str:
-        show = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True)
+        show = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True)
         return re.search(r"JobState=(\w+)", show.stdout)[1]
 
     for done, stop in enumerate((["scontrol", "requeue"], ["scancel", "--signal=USR2"]), start=1):
         wait_for(lambda done=done: epochs() >= done, 300, job)
-        subprocess.run([*stop, number], check=True)
+        subprocess.run([*stop, job_id], check=True)
         wait_for(lambda: state() == "PENDING", 300, job)
-        # Slurm has a requeued job wait for two minutes.
-        subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], check=True)
+        # Slurm delays requeued jobs by two minutes.
+        subprocess.run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"], check=True)
     wait_for(lambda: state() == "COMPLETED", 300, job)
 
     printed = "".join(path.read_text() for path in job.glob("*_log.*"))
     assert "SIGUSR2" in printed and "requeu" in printed.lower()
     run(2, [*args, "--output_dir", str(cluster / "whole")])
-    ends = [read_checkpoint(out / "checkpoint.pth") for out in (job, cluster / "whole")]
-    for end in ends:
-        end["ema_model"] = {}
-    assert_same_state(*ends)
+    checkpoints = [read_checkpoint(out / "checkpoint.pth") for out in (job, cluster / "whole")]
+    for checkpoint in checkpoints:
+        checkpoint["ema_model"] = {}
+    assert_same_state(*checkpoints)
     logs = [read_log(out) for out in (job, cluster / "whole")]
     losses = [
         [(line["epoch"], line["train_loss"], line["test_loss"]) for line in log] for log in logs
@@ -91,7 +91,7 @@ def test_job_that_is_preempted_and_timed_out_is_one_unbroken_run(
     assert len(losses[0]) == 4
 
 
-def test_local_job_and_mistakes(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_local_job_and_unknown_option(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     args = [*SMALL, "--coco_path", str(toy), "--debug"]
     slurm = ["--local", "--ngpus", "0", "--ntasks_per_node", "2", "--job_dir", str(tmp_path / "%j")]
     command = [sys.executable, "run_with_submitit.py", *slurm, *args]

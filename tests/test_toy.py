@@ -1,4 +1,4 @@
-"""The toy COCO: deterministic, valid to pycocotools, varied, safe to interrupt and to repeat."""
+"""The toy COCO: deterministic, valid for pycocotools, varied, safe to interrupt and rerun."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from datasets import toy
 from models.errors import UserError
 
-# pycocotools has yet to follow numpy 2's array protocol.
+# pycocotools does not yet support numpy 2's array protocol.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +25,7 @@ def annotation_file(root: Path, split: str) -> Path:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file under `root`: its relative path and bytes."""
+    """{relative path: bytes} of every file under `root`."""
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
@@ -80,7 +80,7 @@ def test_masks_fill_their_boxes(coco):
         assert mask.shape == (image["height"], image["width"])
         ys, xs = np.nonzero(mask)
         corners = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-        # A polygon's sharp tip is thinner than a pixel; a crowd's box is that of its mask.
+        # A polygon's sharp tip is thinner than a pixel; a crowd's box is computed from its mask.
         tolerance = 0 if annotation["iscrowd"] else 2.01
         np.testing.assert_allclose(corners, [x, y, x + w, y + h], atol=tolerance)
         assert annotation["area"] == pytest.approx(
@@ -88,7 +88,7 @@ def test_masks_fill_their_boxes(coco):
         )
 
 
-def test_ring_mask_has_its_hole(train):
+def test_ring_mask_has_a_hole(train):
     rings = [a for a in train.anns.values() if toy.CATEGORIES[a["category_id"]] == "ring"]
     holes = []
     for ring in rings:
@@ -157,7 +157,7 @@ def test_encode_rle(first):
     np.testing.assert_array_equal(np.concatenate(runs).reshape(rle["size"], order="F"), mask)
 
 
-def test_seed_decides_everything(tmp_path):
+def test_seed_determines_everything(tmp_path):
     first, again, other = (
         contents(toy.make_toy_coco(tmp_path / name, 6, 3, size=64, seed=seed))
         for name, seed in (("first", 5), ("again", 5), ("other", 6))
@@ -166,7 +166,7 @@ def test_seed_decides_everything(tmp_path):
     assert first.keys() == other.keys()
     assert all(first[name] != other[name] for name in first)
     pictures = [content for name, content in first.items() if name.endswith(".jpg")]
-    assert len(set(pictures)) == 9  # the splits have no image in common
+    assert len(set(pictures)) == 9  # the splits share no image
 
 
 def test_earlier_images_do_not_depend_on_the_counts(tmp_path):
@@ -204,7 +204,7 @@ def test_interrupted_run_is_completed(tmp_path, monkeypatch):
         toy.make_toy_coco(tmp_path / "part", 6, 3, size=64)
     assert not annotation_file(tmp_path / "part", "val2017").exists()
     monkeypatch.undo()
-    (tmp_path / "part" / "val2017" / "000001000002.jpg").touch()  # cut off before its first byte
+    (tmp_path / "part" / "val2017" / "000001000002.jpg").touch()  # truncated to zero bytes
     assert contents(toy.make_toy_coco(tmp_path / "part", 6, 3, size=64)) == whole
 
     annotation_file(tmp_path / "part", "train2017").unlink()
@@ -214,7 +214,7 @@ def test_interrupted_run_is_completed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["annotations/instances_val2017.json", "val2017/000000000139.jpg"])
-def test_another_data_set_is_left_alone(tmp_path, name):
+def test_another_data_set_is_not_overwritten(tmp_path, name):
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_bytes(b'{"info": {"description": "COCO 2017 Dataset"}}')
     before = contents(tmp_path)

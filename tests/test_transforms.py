@@ -20,7 +20,7 @@ COLOURS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint
 
 
 def sample(height, width, boxes):
-    """Rectangles of pure colours on black, as the reader hands them over: channels last."""
+    """Solid rectangles on black, channels last in memory like the reader's images."""
     pixels = torch.zeros(height, width, 3, dtype=torch.uint8)
     for colour, (x0, y0, x1, y1) in zip(COLOURS, boxes, strict=False):
         pixels[y0:y1, x0:x1] = colour
@@ -35,14 +35,14 @@ def coloured_box(image, label):
     """Bounding box (4,) xyxy of the pixels of a label's colour."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     strength = (image * std + mean)[label]
-    # A pixel at the edge that the object fills by half has half the strength.
+    # An edge pixel half covered by the object has half the strength.
     columns, rows = strength.max(0).values, strength.max(1).values
 
-    def ends(profile):
+    def extent(profile):
         inside = (profile > 0.5).nonzero().flatten()
         return int(inside[0]), int(inside[-1]) + 1
 
-    (x0, x1), (y0, y1) = ends(columns), ends(rows)
+    (x0, x1), (y0, y1) = extent(columns), extent(rows)
     return torch.tensor([x0, y0, x1, y1], dtype=torch.float32)
 
 
@@ -65,19 +65,19 @@ def test_resized_size_follows_the_published_rule():
 
 
 def test_resized_size_by_hand():
-    assert resized_size(480, 640, 800, 1333) == [800, 1066]  # 1066.67, cut
+    assert resized_size(480, 640, 800, 1333) == [800, 1066]  # 1066.67, truncated
     assert resized_size(640, 480, 800, 1333) == [1066, 800]
     assert resized_size(427, 640, 800, 1333) == [800, 1199]
     assert resized_size(300, 640, 800, 1333) == [625, 1333]  # the longer side decides
     assert resized_size(500, 500, 480, 1333) == [480, 480]
-    assert resized_size(1, 5000, 800, 1333)[0] == 1  # never nothing at all
+    assert resized_size(1, 5000, 800, 1333)[0] == 1  # at least one pixel
 
 
 @pytest.mark.parametrize("second", [[], [200, 250, 300]])
 def test_boxes_stay_on_their_objects(second):
     boxes = [[15, 20, 115, 100], [150, 10, 210, 165], [220, 120, 317, 235]]
     transforms = train_transforms(range(240, 401, 16), 666, second, [192, 300] if second else [])
-    seen = Counter()
+    checked = Counter()
     for seed in range(40):
         torch.manual_seed(seed)
         image, target = transforms(*sample(240, 320, boxes))
@@ -88,15 +88,15 @@ def test_boxes_stay_on_their_objects(second):
         assert (corners >= -1e-3).all()
         assert (corners[:, 2:] <= torch.tensor([width, height]) + 1e-3).all()
         for box, label in zip(corners, target["labels"].tolist(), strict=True):
-            if (box[2:] - box[:2]).min() > 4:  # of a sliver at the edge too little is left to see
+            if (box[2:] - box[:2]).min() > 4:  # slivers at the edge are barely visible
                 assert (box - coloured_box(image, label)).abs().max() <= 1.5
-                seen[label] += 1
-    assert all(seen[label] >= 20 for label in range(3))
+                checked[label] += 1
+    assert all(checked[label] >= 20 for label in range(3))
 
 
-def test_what_a_crop_leaves_outside_goes_with_its_label():
+def test_crop_drops_outside_boxes_with_their_labels():
     pipeline = lambda *inputs: DropEmptyBoxes()(*RandomSizeCrop(50, 50)(*inputs))
-    numbers = set()
+    counts = set()
     for seed in range(60):
         torch.manual_seed(seed)
         image, target = pipeline(*sample(100, 100, [[0, 0, 10, 10], [40, 40, 60, 60]]))
@@ -105,8 +105,8 @@ def test_what_a_crop_leaves_outside_goes_with_its_label():
         assert ((target["boxes"][:, 2:] - target["boxes"][:, :2]) > 0).all()
         visible = [label for label in range(2) if image[label].any()]
         assert target["labels"].tolist() == visible
-        numbers.add(len(visible))
-    assert 1 in numbers and 2 in numbers
+        counts.add(len(visible))
+    assert 1 in counts and 2 in counts
 
 
 def test_a_crop_without_objects_is_allowed():
@@ -120,7 +120,7 @@ def test_a_crop_without_objects_is_allowed():
     assert empty > 5
 
 
-def test_images_without_objects_pass():
+def test_images_without_objects_are_accepted():
     image, target = train_transforms([64], 100, [60], [20, 40])(*sample(80, 100, []))
     assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
     assert min(image.shape[1:]) > 0
@@ -136,7 +136,7 @@ def test_crop_sides_are_uniform_and_bounded():
     assert set(heights) == {3, 4, 5} and set(widths) == {3, 4, 5, 6}  # the image is 5 high
     assert all(abs(count / 2000 - 1 / 3) < 0.05 for count in heights.values())
     assert all(abs(count / 2000 - 1 / 4) < 0.05 for count in widths.values())
-    assert RandomSizeCrop(8, 9)(*sample(5, 6, []))[0].shape == (3, 5, 6)  # too small to be cut
+    assert RandomSizeCrop(8, 9)(*sample(5, 6, []))[0].shape == (3, 5, 6)  # too small to crop
 
 
 def test_frequencies_of_flip_scale_and_crop():
@@ -144,7 +144,7 @@ def test_frequencies_of_flip_scale_and_crop():
     transforms, runs = train_transforms([16, 32, 48, 64], 1000, [20], [10, 10]), 1200
     flips, sizes, crops = 0, Counter(), 0
     for _ in range(runs):
-        # The crop is square, the image is not: the shape tells which branch was taken.
+        # The crop is square, the image is not: the shape identifies the branch.
         image, _ = transforms(*sample(20, 40, [[0, 0, 20, 20]]))
         sizes[min(image.shape[1:])] += 1
         crops += image.shape[1] == image.shape[2]
@@ -157,7 +157,7 @@ def test_frequencies_of_flip_scale_and_crop():
 
 
 def test_fix_size_gives_every_image_the_same_size():
-    """As released, the largest scale high and the longest side wide, whatever the image's shape."""
+    """As released, the largest scale high and the maximum size wide, for any image shape."""
     transforms, flips = train_transforms([30, 60], 90, [20], [10, 10], fix_size=True), set()
     for seed in range(12):
         torch.manual_seed(seed)
@@ -171,7 +171,7 @@ def test_fix_size_gives_every_image_the_same_size():
     assert flips == {True, False}
 
 
-def test_evaluation_normalises_and_takes_an_image_alone():
+def test_evaluation_normalises_and_accepts_a_bare_image():
     white = torch.full((3, 10, 20), 255, dtype=torch.uint8)
     image = eval_transforms([10], 20)(tv_tensors.Image(white))
     expected = (1 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
@@ -200,6 +200,6 @@ def test_resizing_agrees_with_pil():
         (([480], 1333, [400], [600, 384]), "data_aug_scales2_crop"),
     ],
 )
-def test_wrong_settings_are_named(arguments, name):
+def test_invalid_settings_are_named(arguments, name):
     with pytest.raises(UserError, match=name):
         train_transforms(*arguments)
