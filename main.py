@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(f"stopped: {e}")
         return 1
     except Stopped as e:
-        report(f"stopped by {e}" + ("; resume it with --resume auto" if cfg.output_dir else ""))
+        hint = "; --resume auto continues from there" if cfg.output_dir else ""
+        report(f"stopped by {e}{hint}")
         return 128 + (e.signum or signal.SIGTERM)
     except RuntimeError as e:
         if lost := lost_process(e):
