@@ -49,7 +49,7 @@ zoo: $(DATA)/annotations/instances_val2017.json $(CPU_OP)
 	$(BIN)/python tools/zoo.py --coco_path $(DATA) --output_dir outputs/zoo
 
 test: $(VENV)/.installed-dev $(CPU_OP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

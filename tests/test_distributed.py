@@ -88,6 +88,7 @@ def arguments(data: Path, out: Path, batch_size: int, *more: str) -> list[str]:
     return [*args, "--batch_size", str(batch_size), "--epochs", "1", *more]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(pair: Pair, squares: Path, tmp_path: Path):
     """As do accumulated batches: losses of 5 steps within 0.1%, weights on average within 2% of a
     step. Does not hold for DN-DETR's per-process normalisation of denoising losses."""
@@ -266,6 +267,7 @@ def test_killed_process_stops_the_others(data: Path, tmp_path: Path):
     assert "Signal 9 (SIGKILL)" in printed  # torchrun's final message names the cause
 
 
+@pytest.mark.slow
 def test_hung_process_stops_the_others(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 1, "--epochs", "100", "--dist_timeout", "0.3")
     with launch(2, args) as process:
@@ -276,6 +278,7 @@ def test_hung_process_stops_the_others(data: Path, tmp_path: Path):
     assert "lost contact with another process, which died or hangs" in printed
 
 
+@pytest.mark.slow
 def test_second_run_in_one_directory_is_rejected(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 1, "--epochs", "100")
     with launch(1, args) as first:

@@ -48,6 +48,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, job: Path) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_preempted_and_timed_out_job_equals_an_uninterrupted_run(
     cluster: Path, toy: Path, capsys: pytest.CaptureFixture
 ):
