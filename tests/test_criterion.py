@@ -156,16 +156,17 @@ def test_criterion_and_standalone_denoising_losses_agree():
 
 
 def test_a_term_applies_to_its_parts_only():
-    """A custom term, for the decoder only."""
-    count = lambda assignment: assignment.found.sum(1)
+    """A custom term, for the decoder only, that needs another output and the targets."""
+    weigh = lambda matching: matching.layers[-1]["pred_masks"] * len(matching.targets[0]["labels"])
+    count = lambda matching: weigh(matching) * matching.found.sum(1)
     term = LossTerm("loss_count", "cls_loss_coef", count, parts=("decoder",))
     torch.manual_seed(0)
     logits, boxes, targets = torch.randn(L, B, Q, C), random_boxes(L, B, Q), make_targets(3, 1)
     outputs = make_outputs(logits, boxes)
-    outputs["interm_outputs"] = outputs["aux_outputs"][0]
+    outputs |= {"interm_outputs": outputs["aux_outputs"][0], "pred_masks": torch.tensor(0.5)}
     losses = SetCriterion(MATCHER, [*TERMS, term], {})(outputs, targets)
     assert {k for k in losses if "count" in k} == {"loss_count", "loss_count_0", "loss_count_1"}
-    assert losses["loss_count"] == 1 and "loss_ce_interm" in losses
+    assert losses["loss_count"] == 0.5 * 3 and "loss_ce_interm" in losses
     weights = loss_weights(LossOptions(), [term], 2, with_denoising=True, token_suffix="_interm")
     assert weights == {"loss_count": 1.0, "loss_count_0": 1.0}
 
