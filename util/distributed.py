@@ -30,13 +30,11 @@ def join_processes(world_size: int, rank: int, dist_url: str, timeout_minutes: f
     if world_size == 1:
         return local_rank
     try:
-        dist.init_process_group(
+        backend, timeout = (
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
-            init_method=dist_url,
-            world_size=world_size,
-            rank=rank,
-            timeout=timedelta(minutes=timeout_minutes),
+            timedelta(minutes=timeout_minutes),
         )
+        dist.init_process_group(backend, dist_url, timeout, world_size, rank)
     except (ValueError, RuntimeError) as e:  # torch's own errors are RuntimeErrors
         reason = str(e).splitlines()[0]
         raise UserError(

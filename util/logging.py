@@ -27,9 +27,7 @@ def setup_logging() -> None:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 
-    handler = Handler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[Handler()], force=True)
 
 
 class Averages:

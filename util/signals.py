@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -31,18 +30,13 @@ class StopRequest:
         self.before = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
         if isinstance(error, Stopped) and callable(self.before.get(error.signum)):
             self.before[error.signum](error.signum, None)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _note(self, signum: int, frame) -> None:
         self.signum = signum
         if self.at_once:
             raise Stopped(signum)
