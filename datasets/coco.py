@@ -1,8 +1,4 @@
-"""Data sets in COCO's instances format.
-
-Errors in a data set are reported when it is loaded, in one line that names the file, rather than
-hours later from inside the training loop.
-"""
+"""Data sets in COCO's instances format; their errors are reported when they are loaded."""
 
 import json
 import logging
@@ -213,8 +209,7 @@ class CocoDetection(torch.utils.data.Dataset):
 
     def ground_truth(self, image_ids: set[int]) -> dict[str, list[dict]]:
         """Annotations of some images for COCO's evaluation: boxes as in the file, with crowds and
-        missing areas filled in. Ids are new: some may be missing, and COCOeval cannot match id 0.
-        """
+        missing areas filled in. Ids are new, as COCOeval cannot match id 0."""
         chosen = np.isin(self._truth["image_id"], list(image_ids))
         columns = {key: values[chosen].tolist() for key, values in self._truth.items()}
         rows = enumerate(zip(*columns.values(), strict=True), start=1)

@@ -15,9 +15,7 @@ from datasets.coco import CocoDetection
 
 
 class CocoEvaluator:
-    """Collects detections and evaluates them against the data set's annotations, for the images in
-    `results` only.
-    """
+    """Collects detections and evaluates them, for the images in `results` only."""
 
     def __init__(self, dataset: CocoDetection):
         self.dataset = dataset

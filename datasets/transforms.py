@@ -86,8 +86,7 @@ def train_transforms(
     """Horizontal flip; then, with equal probability, a resize to one of `scales`, or a resize to
     one of `scales2_resize`, a crop with sides in `scales2_crop` = (min, max) and a resize to one of
     `scales`. If `scales2_crop` is empty, there are no crops. With `fix_size`, as released, images
-    are resized to (max(scales), max_size) without preserving the aspect ratio.
-    """
+    are resized to (max(scales), max_size) without preserving the aspect ratio."""
     flip = v2.RandomHorizontalFlip(0.5)
     _check_scales("data_aug_scales", scales)
     if fix_size:

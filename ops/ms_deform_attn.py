@@ -204,10 +204,8 @@ class MSDeformAttn(nn.Module):
 
     Sampling offsets and attention weights are linear in the query; values are a projection of the
     memory. Parameters have the released names. Initially, point p of head m is p + 1 pixels away at
-    the angle 2 pi m / n_heads, and all weights are equal.
-
-    Args:
-        d_model: channels of queries, memory and output; a multiple of `n_heads`.
+    the angle 2 pi m / n_heads, and all weights are equal. Queries, memory and output have `d_model`
+    channels, a multiple of `n_heads`.
     """
 
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4):

@@ -132,8 +132,7 @@ def latest_checkpoint(output_dir: str | os.PathLike) -> tuple[Path, dict] | None
 
 
 def rng_state() -> dict:
-    """This process's RNG states, in types that `read_checkpoint` accepts. They differ between
-    processes, so each must be restored in its own process."""
+    """This process's RNG states, in types that `read_checkpoint` accepts."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),

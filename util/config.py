@@ -208,8 +208,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
 
 def parse_value(name: str, value: Any) -> Any:
-    """A value from the command line, a config file or a caller, converted to the option's type.
-    UserError if that is impossible."""
+    """A given value, converted to the option's type. UserError if that is impossible."""
     if name == "two_stage_type":
         if value not in ("no", "standard"):
             raise UserError(f"two_stage_type: {value!r} is not supported, only 'standard' and 'no'")
@@ -260,8 +259,7 @@ def check_fixed(name: str, value: Any) -> None:
 
 
 def known_name(name: str, where: str) -> str | None:
-    """The current name of an option, or None if it is accepted and ignored. UserError with the
-    nearest name if it is unknown."""
+    """The current name of an option; None if it is ignored. UserError if it is unknown."""
     if name in FIELDS or name in SELECTION_SWITCHES:
         return name
     if name in ALIASES:
@@ -272,8 +270,7 @@ def known_name(name: str, where: str) -> str | None:
 
 
 def find_config_file(path: str | Path) -> Path:
-    """A config file, given by its path, also relative to this repository or in DINO's. UserError
-    with the nearest name if there is none."""
+    """A config file by its path, which may be relative to this repository or be one of DINO's."""
     path, root = Path(path), CONFIG_DIR.parent
     for candidate in (path, root / path):
         if candidate.exists():
@@ -316,11 +313,8 @@ def resolve_selection(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a config file, apply `overrides` and validate the result.
-
-    UserError for an unknown name, with the nearest known one, and for a value of the wrong type or
-    out of range.
-    """
+    """Read a config file, apply `overrides` and validate the result. UserError for an unknown name
+    and for a value of the wrong type or out of range."""
     return make_config(path, parse_values(overrides or {}, "overrides"))
 
 

@@ -4,7 +4,7 @@ import os
 import random
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.errors import UserError
-
-T = TypeVar("T")
 
 
 def join_processes(world_size: int, rank: int, dist_url: str, timeout_minutes: float) -> int:
@@ -89,7 +87,7 @@ def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
-def on_rank0(function: Callable[[], T]) -> T:
+def on_rank0(function: Callable[[], Any]) -> Any:
     """Call `function` on rank 0 only; all processes return its result or raise its UserError."""
     outcome: list = [None, None]
     if rank() == 0:
@@ -105,10 +103,7 @@ def on_rank0(function: Callable[[], T]) -> T:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The named device, or without a name this process's GPU if there is one, else the CPU.
-
-    UserError if it cannot be used.
-    """
+    """The named device, by default this process's GPU, or the CPU. UserError if it is unusable."""
     if not name and not torch.cuda.is_available():
         return torch.device("cpu")
     if name in ("", "cuda"):

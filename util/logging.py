@@ -56,10 +56,7 @@ class Averages:
 
 class ProgressBar:
     """Iterates over `total` items: a bar on a terminal, elsewhere a line every `interval` seconds.
-
-    The caller counts `images` and sets `note`, which is shown with images per second, time left and
-    peak memory.
-    """
+    The caller counts `images` and sets `note`, which is shown with speed, time left and memory."""
 
     def __init__(self, items: Iterable, title: str, total: int, interval: float = 20.0):
         self.items, self.title, self.total, self.interval = items, title, total, interval

@@ -39,10 +39,8 @@ def prepare_output_dir(cfg: Config, argv: Sequence[str] | None = None) -> Path |
 
 @contextlib.contextmanager
 def claimed(output_dir: Path | None) -> Iterator[None]:
-    """Hold the output directory's lock; UserError if another run holds it.
-
-    It is a lock on a file, which the operating system releases however the process ends.
-    """
+    """Hold the output directory's lock, which the operating system releases however the process
+    ends. UserError if another run holds it."""
     with contextlib.ExitStack() as stack:
 
         def claim() -> None:

@@ -125,10 +125,7 @@ def side_by_side(
 
 
 def read_log(path: Path) -> dict[int, dict]:
-    """{epoch: row} of a log.txt, with added keys for AP and AP50.
-
-    The last line of an epoch counts, as resumed runs may repeat epochs. UserError if not a log.
-    """
+    """{epoch: row} of a log.txt, with added keys for AP and AP50. UserError if it is not a log."""
     rows, number = {}, 0
     try:
         for line in path.read_text().splitlines():
@@ -137,7 +134,7 @@ def read_log(path: Path) -> dict[int, dict]:
             for prefix in ("test_", "ema_test_"):
                 if figures := row.get(f"{prefix}coco_eval_bbox"):
                     row[f"{prefix}AP"], row[f"{prefix}AP50"] = figures[:2]
-            rows[int(row["epoch"])] = row
+            rows[int(row["epoch"])] = row  # of repeated epochs, the last counts
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not a text file"
         raise UserError(f"{path}: cannot be read: {reason}; pass a run's log.txt") from e
