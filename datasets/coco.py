@@ -282,9 +282,7 @@ def build_dataset(
     cfg: Any, split: str, class_map: ClassMap | Callable[[list[dict]], ClassMap] | None = None
 ) -> CocoDetection:
     """The "train", "val" or "test" split of a data set in COCO 2017's layout at `cfg.coco_path`.
-
-    class_map: as in CocoDetection; by default from the categories and `cfg.num_classes`.
-    """
+    class_map: as in CocoDetection; by default from the categories and `cfg.num_classes`."""
     if not cfg.coco_path:
         raise UserError("coco_path is not set: pass the data set's directory with --coco_path")
     root, train, test = Path(cfg.coco_path), split == "train", split == "test"

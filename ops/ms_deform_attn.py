@@ -88,11 +88,9 @@ def _check(*inputs: Tensor) -> None:
 
 
 def choose_backend(device: torch.device) -> str:
-    """The backend for tensors on `device`: "cpp" on a CPU and "cuda" on a GPU if they are built,
-    else "reference"; the environment variable MS_DEFORM_ATTN_BACKEND overrides it.
-
-    RuntimeError if that names a backend that is unknown, unavailable or for another device.
-    """
+    """The backend for tensors on `device`: MS_DEFORM_ATTN_BACKEND from the environment, else "cpp"
+    on a CPU and "cuda" on a GPU if they are built, else "reference". RuntimeError if the variable
+    names a backend that is unknown, unavailable or for another device."""
     return _choose(os.environ.get(_VARIABLE), device.type)
 
 

@@ -84,11 +84,8 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def _prepare(backend: str, *inputs: Tensor) -> list[Tensor]:
-    """The inputs, contiguous and in dtypes that the library supports.
-
-    The C++ kernel supports float and double; the CUDA kernel half types, too, with locations and
-    weights both in the dtype of value or both in float32.
-    """
+    """The inputs, contiguous and in dtypes that the library supports: float and double, on CUDA
+    also half types, with locations and weights both in the dtype of value or both in float32."""
     value, shapes, starts, locations, weights = inputs
     if backend == "cpp":
         value = value.to(_accumulator(value))

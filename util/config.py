@@ -110,15 +110,13 @@ class DataOptions:
     strict_data: bool = option(False, "stop at unreadable training images instead of skipping them")
     fix_size: bool = option(False, "resize to exactly max(data_aug_scales) x data_aug_max_size")
     data_aug_scales: list[int] = option(
-        [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
-        "shorter side of a training image, chosen at random; evaluation uses the largest",
-        low=8,
+        list(range(480, 801, 32)), "random shorter side in training; evaluation: the largest", low=8
     )
     data_aug_max_size: int = option(1333, "maximum longer side of an image", low=8)
     data_aug_scales2_resize: list[int] = option(
         [400, 500, 600], "shorter side before the random crop, chosen at random", low=8
     )
-    data_aug_scales2_crop: list[int] = option([384, 600], "[min, max] crop; []: no crops", low=8)
+    data_aug_scales2_crop: list[int] = option([384, 600], "crop's [min, max]; []: no crops", low=8)
 
 
 @dataclass
@@ -141,8 +139,7 @@ class TrainingOptions:
     )
     param_dict_type: str = option(
         "default",
-        "parameter groups: default; ddetr_in_mmdet, see --lr_linear_proj_mult; large_wd, no weight "
-        "decay for parameters with norm or bias in their names",
+        "groups: ddetr_in_mmdet, see --lr_linear_proj_mult; large_wd, no decay of norms, biases",
         choices=["default", "ddetr_in_mmdet", "large_wd"],
     )
     weight_decay: float = option(1e-4, "weight decay", low=0)

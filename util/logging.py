@@ -100,9 +100,7 @@ def peak_memory_mb() -> float:
 
 class RunLog:
     """Writes log.txt, one JSON line per epoch with the released keys, and the same to TensorBoard.
-
-    Lines from `first_epoch` on, left by an earlier process, are removed: these epochs are redone.
-    """
+    Removes lines from `first_epoch` on, left by an earlier process: these epochs are redone."""
 
     def __init__(self, output_dir: str | Path, first_epoch: int = 0):
         self.path = Path(output_dir) / "log.txt"

@@ -134,11 +134,8 @@ def move_to(scheduler: LRScheduler, position: int) -> None:
 def load_released_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: dict
 ) -> bool:
-    """Load AdamW's state from a checkpoint of the released code; False if it does not fit.
-
-    That code has two parameter groups, without and with "backbone" in the name, each in the order
-    of the weights in the file.
-    """
+    """Load AdamW's state from a checkpoint of the released code; False if it does not fit. There,
+    names without and with "backbone" make two groups, each in the order of the file's weights."""
     ours, seen = dict(model.named_parameters(remove_duplicate=False)), set()
     groups: tuple[list, list] = [], []
     for name in checkpoint.get("model", ()):

@@ -19,11 +19,8 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """While this context is open, a stop signal is only recorded, in `signum`.
-
-    Once it has stopped the run, it is passed on to the previous handler: submitit's requeues the
-    job.
-    """
+    """While this context is open, a stop signal is only recorded, in `signum`. Once it has stopped
+    the run, it is passed on to the previous handler: submitit's requeues the job."""
 
     def __enter__(self) -> StopRequest:
         self.signum, self.at_once = 0, False

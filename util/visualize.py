@@ -108,10 +108,7 @@ def draw_boxes(
 def side_by_side(
     image: Tensor, columns: Mapping[str, Mapping], names: Mapping[int, str] | None = None
 ) -> Image.Image:
-    """Copies of the image in a row, each with a title and boxes.
-
-    columns: {title: keyword arguments of `draw_boxes`}, from left to right.
-    """
+    """Copies of the image in a row: `columns` is {title: keyword arguments of `draw_boxes`}."""
     parts = {title: draw_boxes(image, names=names, **part) for title, part in columns.items()}
     width, height = next(iter(parts.values())).size
     font = load_font(min(max(16, max(width, height) // 45), 36))
@@ -145,10 +142,8 @@ def read_log(path: Path) -> dict[int, dict]:
 
 def plot_log(log_files: str | Path | Sequence[str | Path], out_file: str | Path) -> None:
     """Plot losses, AP and AP50 by epoch, with a colour for each run, to a PNG, PDF or SVG file.
-
     Each of `log_files` is a run's log.txt or directory. Training losses include denoising, test
-    losses do not. UserError if a log has nothing to plot or a file cannot be read or written.
-    """
+    losses do not. UserError if a log has nothing to plot or a file cannot be read or written."""
     paths = [Path(p) for p in ([log_files] if isinstance(log_files, str | Path) else log_files)]
     paths = [path / "log.txt" if path.is_dir() else path for path in paths]
     figure, styles = Figure(figsize=(13, 7.5), layout="constrained"), {}
