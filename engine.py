@@ -156,10 +156,8 @@ def evaluate(
     matching: MatchingLog | None = None,
 ) -> dict[str, float | list[float]]:
     """Fill `evaluator` and `matching`; returns losses, speed, COCO's figures and the summary of
-    `matching`, or without annotations, when `criterion` is None, only the speed.
-
-    Rank 0 computes COCO's figures; only its `evaluator` has the detections of all processes.
-    """
+    `matching`, or without annotations, when `criterion` is None, only the speed. Rank 0 computes
+    COCO's figures; only its `evaluator` has the detections of all processes."""
     averages, device = Averages(), next(model.parameters()).device
     model.eval()
     if criterion:

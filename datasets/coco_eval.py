@@ -24,10 +24,8 @@ class CocoEvaluator:
 
     def update(self, results: dict[int, dict[str, Tensor]]) -> None:
         """results: {image id: {"scores" (k,), "labels" (k,), "boxes" (k, 4) xyxy in pixels}}.
-
         Labels without a category are ignored, and so are scores and boxes that are not finite:
-        COCOeval would count a NaN overlap as a match.
-        """
+        COCOeval would count a NaN overlap as a match."""
         ids = self.dataset.class_map.ids
         for image_id, result in results.items():
             labels, scores = result["labels"].cpu().numpy(), result["scores"].double().cpu().numpy()

@@ -22,19 +22,13 @@ from models.errors import UserError
 from models.preprocess import normalize, resized_size
 
 
-class ResizeShortestSide(v2.Transform):
-    """Resizes the shorter side to a random one of `sizes`, the longer to at most `max_size`."""
-
-    def __init__(self, sizes: Sequence[int], max_size: int | None = None):
-        super().__init__()
-        self.sizes, self.max_size = list(sizes), max_size
+class ResizeShortestSide(v2.RandomShortestSize):
+    """Resizes the shorter side to a random one of `min_size`, the longer to at most `max_size`,
+    with sides rounded as in the released code."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        size = self.sizes[torch.randint(len(self.sizes), ())]
+        size = self.min_size[torch.randint(len(self.min_size), ())]
         return {"size": resized_size(*v2.query_size(flat_inputs), size, self.max_size)}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return F.resize(inpt, params["size"], antialias=True)
 
 
 class RandomSizeCrop(v2.Transform):

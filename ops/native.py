@@ -1,8 +1,7 @@
-"""Finds, loads and calls the compiled backends.
+"""Finds, loads and calls the compiled backends: C functions that do not depend on torch's version.
 
-The libraries contain plain C functions that do not depend on torch, so one build works with every
-version of it. `ops/setup.py` builds them, here or in the installed package `ms_deform_attn`; the
-root `setup.py` builds them into `dn_dino.ops`, which is this folder in the package `dn_dino`.
+`ops/setup.py` builds them, here or in the installed package `ms_deform_attn`; the root `setup.py`
+builds them into `dn_dino.ops`, which is this folder in the package `dn_dino`.
 """
 
 import ctypes

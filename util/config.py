@@ -113,9 +113,7 @@ class DataOptions:
         list(range(480, 801, 32)), "random shorter side in training; evaluation: the largest", low=8
     )
     data_aug_max_size: int = option(1333, "maximum longer side of an image", low=8)
-    data_aug_scales2_resize: list[int] = option(
-        [400, 500, 600], "shorter side before the random crop, chosen at random", low=8
-    )
+    data_aug_scales2_resize: list[int] = option([400, 500, 600], "shorter side before crops", low=8)
     data_aug_scales2_crop: list[int] = option([384, 600], "crop's [min, max]; []: no crops", low=8)
 
 
@@ -134,9 +132,7 @@ class TrainingOptions:
     )
     lr: float = option(1e-4, "learning rate", low=0)
     lr_backbone: float = option(1e-5, "learning rate of the backbone; 0: freeze it", low=0)
-    lr_linear_proj_mult: float = option(
-        0.1, "ddetr_in_mmdet: factor on --lr for reference_points and sampling_offsets", low=0
-    )
+    lr_linear_proj_mult: float = option(0.1, "ddetr_in_mmdet: factor for points and offsets", low=0)
     param_dict_type: str = option(
         "default",
         "groups: ddetr_in_mmdet, see --lr_linear_proj_mult; large_wd, no decay of norms, biases",
@@ -217,11 +213,9 @@ def parse_value(name: str, value: Any) -> Any:
 
 
 def convert(name: str, kind: Any, value: Any) -> Any:
-    """`value` as `kind`: bool, int, float, str, `list[...]` or `... | None`.
-
-    Booleans may be written true, TRUE, 1, ...; lists as [1,2], 1,2, a list of words or one item;
-    `none` means None or an empty list.
-    """
+    """`value` as `kind`: bool, int, float, str, `list[...]` or `... | None`. Booleans may be
+    written true, TRUE, 1, ...; lists as [1,2], 1,2, a list of words or one item; `none` means None
+    or an empty list."""
     items = list(value) if isinstance(value, list | tuple) else [value]
     is_none = len(items) == 1 and str(items[0]).lower() in ("none", "null")
     inner, *_ = typing.get_args(kind) or (kind,)
@@ -292,11 +286,8 @@ def parse_values(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def resolve_selection(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace the released switches by the equivalent query_selection.
-
-    --two_stage, or a two_stage_type other than "no", selects tokens; --use_mqs or embed_init_tgt
-    still learns the content.
-    """
+    """Replace the released switches by query_selection: --two_stage, or a two_stage_type other than
+    "no", selects tokens; --use_mqs or embed_init_tgt still learns the content."""
     given = {name: values.pop(name) for name in SELECTION_SWITCHES if name in values}
     selection = values.get("query_selection", "static")
     if any(given.get(name) is False for name in ("two_stage", "two_stage_type")):

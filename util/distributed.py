@@ -27,11 +27,9 @@ def join_processes(world_size: int, rank: int, dist_url: str, timeout_minutes: f
     local_rank = int(os.environ.get("LOCAL_RANK", rank % gpus if gpus else rank))
     if world_size == 1:
         return local_rank
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
     try:
-        backend, timeout = (
-            "cpu:gloo,cuda:nccl" if gpus else "gloo",
-            timedelta(minutes=timeout_minutes),
-        )
         dist.init_process_group(backend, dist_url, timeout, world_size, rank)
     except (ValueError, RuntimeError) as e:  # torch's own errors are RuntimeErrors
         reason = str(e).splitlines()[0]

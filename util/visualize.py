@@ -1,7 +1,4 @@
-"""Boxes drawn on images, and curves of training runs.
-
-`python -m util.visualize outputs/a outputs/b --output curves.png` compares two runs.
-"""
+"""Boxes drawn on images, and curves of training runs: `python -m util.visualize --help`."""
 
 import argparse
 import colorsys
