@@ -1,6 +1,5 @@
 """One optimiser step after another, and one evaluation."""
 
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,13 +38,6 @@ class Step(NamedTuple):
     stats: dict[str, float]  # losses are means over all processes
     num_images: int  # of this process
     requests: list[bool]  # each one made by any process
-
-
-def in_groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """`size` batches at a time, without an incomplete last group."""
-    batches = iter(loader)
-    while len(group := list(itertools.islice(batches, size))) == size:
-        yield group
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -124,7 +116,8 @@ def train_steps(
     cfg, scaler, skipped = state.cfg, state.scaler, 0
     state.model.train()
     criterion.train()
-    for batches in in_groups(loader, cfg.accumulate):
+    # Groups of batches; an incomplete last one is dropped.
+    for batches in zip(*[iter(loader)] * cfg.accumulate, strict=False):
         targets = [target for _, targets in batches for target in targets]
         for name in [name for t in targets for name in t.get("skipped", ())]:
             skipped += 1
@@ -163,10 +156,8 @@ def evaluate(
     matching: MatchingLog | None = None,
 ) -> dict[str, float | list[float]]:
     """Fill `evaluator` and `matching`; returns losses, speed, COCO's figures and the summary of
-    `matching`, or without annotations, when `criterion` is None, only the speed.
-
-    Rank 0 computes COCO's figures; only its `evaluator` has the detections of all processes.
-    """
+    `matching`, or without annotations, when `criterion` is None, only the speed. Rank 0 computes
+    COCO's figures; only its `evaluator` has the detections of all processes."""
     averages, device = Averages(), next(model.parameters()).device
     model.eval()
     if criterion:
@@ -184,9 +175,8 @@ def evaluate(
         if matching:
             matching.update(outputs, targets)
         sizes = torch.stack([t["orig_size"] for t in targets]).to(device)
-        results = postprocess(outputs, sizes)
-        ids = [int(t["image_id"]) for t in targets]
-        evaluator.update(dict(zip(ids, results, strict=True)))
+        results = zip(targets, postprocess(outputs, sizes), strict=True)
+        evaluator.update({int(t["image_id"]): result for t, result in results})
         progress.images += len(targets) * world_size()
     if parts := gather_to_rank0(evaluator.results):
         evaluator.join(parts)

@@ -57,11 +57,8 @@ def truth_of(dataset: CocoDetection, image_id: int) -> dict:
 def detect(
     predictor: Predictor, paths: Sequence[Path], dataset: CocoDetection | None, args: Namespace
 ) -> None:
-    """Detect objects; write drawn images and detections.json to `args.output_dir`.
-
-    With a data set, `paths` are its first images, drawn next to their ground truth. The JSON is in
-    COCO's instances format, with scores.
-    """
+    """Detect objects; write drawn images, and COCO's instances format with scores as JSON. With a
+    data set, `paths` are its first images, drawn next to their ground truth."""
     output_dir, threshold = args.output_dir, args.threshold
     if output_dir.resolve() in {path.parent.resolve() for path in paths}:
         raise UserError(f"output_dir: {output_dir} contains the input images; use another one")

@@ -25,7 +25,7 @@ SLURM_OPTIONS = ("partition", "comment", "qos", "account", "constraint")  # pass
 SIGNAL_DELAY = 120  # seconds before the time limit at which the job gets a signal
 
 
-class Job:
+class Job(submitit.helpers.Checkpointable):
     """Runs main.py in every task; the default output directory is the job's."""
 
     def __init__(self, argv: Sequence[str], output_dir: str):
@@ -50,10 +50,6 @@ class Job:
             time.sleep(SIGNAL_DELAY)  # until the first task has requeued the job
         if status:
             sys.exit(status)
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """The call to submit when the job is requeued."""
-        return submitit.helpers.DelayedSubmission(self)
 
 
 def build_parser() -> Parser:

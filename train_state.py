@@ -62,10 +62,8 @@ class Position:
 
 
 class TrainState:
-    """Everything that a checkpoint holds.
-
-    `ema`, the average of the weights, is None until it begins; `epoch_length` is in steps.
-    """
+    """Everything that a checkpoint holds. `ema`, the average of the weights, is None until it
+    begins; `epoch_length` is in steps."""
 
     def __init__(self, cfg: Config, model: nn.Module, class_map: ClassMap, epoch_length: int = 1):
         self.cfg, self.model, self.class_map = cfg, model, class_map
@@ -122,11 +120,8 @@ class TrainState:
             self.ema.load_state_dict(checkpoint["ema_model"])
 
     def resume(self, checkpoint: dict, source: str) -> None:
-        """Continue from a checkpoint's position with its optimiser, schedule and random state.
-
-        A released checkpoint has no random state and another kind of schedule: only its epoch and,
-        if it fits, its optimiser state are used, with this config's learning rates.
-        """
+        """Continue from a checkpoint's position with its optimiser, schedule and random state. Of a
+        released one, only the epoch and, if it fits, the optimiser state are used."""
         self.load(checkpoint, source)
         if "rng" in checkpoint:
             self.resume_own(checkpoint, source)

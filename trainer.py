@@ -36,9 +36,7 @@ logger = logging.getLogger(__name__)
 
 class Trainer:
     """Trains, evaluates and saves a `TrainState` epoch by epoch, and advances its position.
-
-    Owns the data, the losses, and `parallel`: the model, inside DDP if there are several processes.
-    """
+    `parallel` is the model, inside DDP if there are several processes."""
 
     def __init__(self, cfg: Config, device: torch.device, stop: StopRequest):
         self.stop = stop

@@ -1,7 +1,4 @@
-"""Time and size of a checkpoint: `python benchmarks/bench_checkpoint.py`.
-
-Builds a published model with AdamW's state, and repeatedly writes and reads its checkpoint.
-"""
+"""Time and size of a published model's checkpoint: `python benchmarks/bench_checkpoint.py`."""
 
 import argparse
 import statistics

@@ -200,20 +200,15 @@ def measure(functions: dict[str, Callable], device: str, repetitions: int) -> li
     dtypes = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
     entries = []
     for shape, dtype, where in itertools.product(SHAPES[device], dtypes, ("near", "anywhere")):
+        case = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "locations": where}
         tensors = make_tensors(SHAPES[device][shape], where, dtype, device)
         for direction in ("forward", "forward + backward"):
             runs = {name: prepare(f, direction, tensors) for name, f in functions.items()}
             error, times = disagreement(runs), time_all(runs, device, repetitions)
-            entry = {
-                "shape": shape,
-                "dtype": str(dtype).removeprefix("torch."),
-                "locations": where,
-                "direction": direction,
-                "median_ms": {name: statistics.median(values) for name, values in times.items()},
-                "times_ms": times,
-                "largest_disagreement": error,
-                **find_floor(tensors, direction, device, repetitions),
-            }
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            entry = {**case, "direction": direction, "median_ms": medians, "times_ms": times}
+            entry["largest_disagreement"] = error
+            entry |= find_floor(tensors, direction, device, repetitions)
             print_row(entry)
             entries.append(entry)
     return entries
@@ -242,13 +237,9 @@ def main() -> None:
     functions = find_implementations(args.device)
     package = importlib.metadata.version(PACKAGE) if PACKAGE in functions else None
     versions = {"python": platform.python_version(), "torch": torch.__version__, PACKAGE: package}
-    report = {
-        "command": f"python {' '.join(sys.argv)}",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(args.device),
-        "versions": versions,
-        "cases": measure(functions, args.device, args.repetitions),
-    }
+    report = {"command": f"python {' '.join(sys.argv)}", "date": time.strftime("%Y-%m-%d")}
+    report |= {"machine": describe_machine(args.device), "versions": versions}
+    report["cases"] = measure(functions, args.device, args.repetitions)
     if args.device == "cpu":
         peaks = report["peak_MiB_forward_backward"] = {}
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

@@ -1,8 +1,4 @@
-"""Data sets in COCO's instances format.
-
-Errors in a data set are reported when it is loaded, in one line that names the file, rather than
-hours later from inside the training loop.
-"""
+"""Data sets in COCO's instances format; their errors are reported when they are loaded."""
 
 import json
 import logging
@@ -213,8 +209,7 @@ class CocoDetection(torch.utils.data.Dataset):
 
     def ground_truth(self, image_ids: set[int]) -> dict[str, list[dict]]:
         """Annotations of some images for COCO's evaluation: boxes as in the file, with crowds and
-        missing areas filled in. Ids are new: some may be missing, and COCOeval cannot match id 0.
-        """
+        missing areas filled in. Ids are new, as COCOeval cannot match id 0."""
         chosen = np.isin(self._truth["image_id"], list(image_ids))
         columns = {key: values[chosen].tolist() for key, values in self._truth.items()}
         rows = enumerate(zip(*columns.values(), strict=True), start=1)
@@ -287,9 +282,7 @@ def build_dataset(
     cfg: Any, split: str, class_map: ClassMap | Callable[[list[dict]], ClassMap] | None = None
 ) -> CocoDetection:
     """The "train", "val" or "test" split of a data set in COCO 2017's layout at `cfg.coco_path`.
-
-    class_map: as in CocoDetection; by default from the categories and `cfg.num_classes`.
-    """
+    class_map: as in CocoDetection; by default from the categories and `cfg.num_classes`."""
     if not cfg.coco_path:
         raise UserError("coco_path is not set: pass the data set's directory with --coco_path")
     root, train, test = Path(cfg.coco_path), split == "train", split == "test"

@@ -15,9 +15,7 @@ from datasets.coco import CocoDetection
 
 
 class CocoEvaluator:
-    """Collects detections and evaluates them against the data set's annotations, for the images in
-    `results` only.
-    """
+    """Collects detections and evaluates them, for the images in `results` only."""
 
     def __init__(self, dataset: CocoDetection):
         self.dataset = dataset
@@ -26,10 +24,8 @@ class CocoEvaluator:
 
     def update(self, results: dict[int, dict[str, Tensor]]) -> None:
         """results: {image id: {"scores" (k,), "labels" (k,), "boxes" (k, 4) xyxy in pixels}}.
-
         Labels without a category are ignored, and so are scores and boxes that are not finite:
-        COCOeval would count a NaN overlap as a match.
-        """
+        COCOeval would count a NaN overlap as a match."""
         ids = self.dataset.class_map.ids
         for image_id, result in results.items():
             labels, scores = result["labels"].cpu().numpy(), result["scores"].double().cpu().numpy()

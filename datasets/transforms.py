@@ -22,19 +22,13 @@ from models.errors import UserError
 from models.preprocess import normalize, resized_size
 
 
-class ResizeShortestSide(v2.Transform):
-    """Resizes the shorter side to a random one of `sizes`, the longer to at most `max_size`."""
-
-    def __init__(self, sizes: Sequence[int], max_size: int | None = None):
-        super().__init__()
-        self.sizes, self.max_size = list(sizes), max_size
+class ResizeShortestSide(v2.RandomShortestSize):
+    """Resizes the shorter side to a random one of `min_size`, the longer to at most `max_size`,
+    with sides rounded as in the released code."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        size = self.sizes[torch.randint(len(self.sizes), ())]
+        size = self.min_size[torch.randint(len(self.min_size), ())]
         return {"size": resized_size(*v2.query_size(flat_inputs), size, self.max_size)}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return F.resize(inpt, params["size"], antialias=True)
 
 
 class RandomSizeCrop(v2.Transform):
@@ -86,8 +80,7 @@ def train_transforms(
     """Horizontal flip; then, with equal probability, a resize to one of `scales`, or a resize to
     one of `scales2_resize`, a crop with sides in `scales2_crop` = (min, max) and a resize to one of
     `scales`. If `scales2_crop` is empty, there are no crops. With `fix_size`, as released, images
-    are resized to (max(scales), max_size) without preserving the aspect ratio.
-    """
+    are resized to (max(scales), max_size) without preserving the aspect ratio."""
     flip = v2.RandomHorizontalFlip(0.5)
     _check_scales("data_aug_scales", scales)
     if fix_size:

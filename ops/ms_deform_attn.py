@@ -88,11 +88,9 @@ def _check(*inputs: Tensor) -> None:
 
 
 def choose_backend(device: torch.device) -> str:
-    """The backend for tensors on `device`: "cpp" on a CPU and "cuda" on a GPU if they are built,
-    else "reference"; the environment variable MS_DEFORM_ATTN_BACKEND overrides it.
-
-    RuntimeError if that names a backend that is unknown, unavailable or for another device.
-    """
+    """The backend for tensors on `device`: MS_DEFORM_ATTN_BACKEND from the environment, else "cpp"
+    on a CPU and "cuda" on a GPU if they are built, else "reference". RuntimeError if the variable
+    names a backend that is unknown, unavailable or for another device."""
     return _choose(os.environ.get(_VARIABLE), device.type)
 
 
@@ -204,10 +202,8 @@ class MSDeformAttn(nn.Module):
 
     Sampling offsets and attention weights are linear in the query; values are a projection of the
     memory. Parameters have the released names. Initially, point p of head m is p + 1 pixels away at
-    the angle 2 pi m / n_heads, and all weights are equal.
-
-    Args:
-        d_model: channels of queries, memory and output; a multiple of `n_heads`.
+    the angle 2 pi m / n_heads, and all weights are equal. Queries, memory and output have `d_model`
+    channels, a multiple of `n_heads`.
     """
 
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4):

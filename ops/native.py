@@ -1,8 +1,7 @@
-"""Finds, loads and calls the compiled backends.
+"""Finds, loads and calls the compiled backends: C functions that do not depend on torch's version.
 
-The libraries contain plain C functions that do not depend on torch, so one build works with every
-version of it. `ops/setup.py` builds them, here or in the installed package `ms_deform_attn`; the
-root `setup.py` builds them into `dn_dino.ops`, which is this folder in the package `dn_dino`.
+`ops/setup.py` builds them, here or in the installed package `ms_deform_attn`; the root `setup.py`
+builds them into `dn_dino.ops`, which is this folder in the package `dn_dino`.
 """
 
 import ctypes
@@ -84,11 +83,8 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def _prepare(backend: str, *inputs: Tensor) -> list[Tensor]:
-    """The inputs, contiguous and in dtypes that the library supports.
-
-    The C++ kernel supports float and double; the CUDA kernel half types, too, with locations and
-    weights both in the dtype of value or both in float32.
-    """
+    """The inputs, contiguous and in dtypes that the library supports: float and double, on CUDA
+    also half types, with locations and weights both in the dtype of value or both in float32."""
     value, shapes, starts, locations, weights = inputs
     if backend == "cpp":
         value = value.to(_accumulator(value))

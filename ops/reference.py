@@ -20,8 +20,7 @@ def ms_deform_attn_reference(
     attention_weights: Tensor,
 ) -> Tensor:
     """Same as `ops.ms_deform_attn`, differentiable once by autograd; no size may be 0. Half types
-    are computed in float32.
-    """
+    are computed in float32."""
     B, _, M, D = value.shape
     inputs = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     rows, index, weights, _, _ = _bags(*inputs)

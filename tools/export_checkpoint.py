@@ -35,9 +35,7 @@ def released_args(cfg: Config) -> Namespace:
 
 def export(path: str | Path, ema: bool = False) -> dict:
     """The contents of the released file for main.py's checkpoint `path`. `ema`: use the EMA.
-
-    UserError if the checkpoint cannot be read, was not written by main.py, or has no EMA.
-    """
+    UserError if the checkpoint cannot be read, was not written by main.py, or has no EMA."""
     checkpoint = read_checkpoint(path)
     if missing := {"model", "epoch", "config", "class_map"} - checkpoint.keys():
         raise UserError(

@@ -16,17 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAD = "| model | config | M parameters | AP | AP50 | minutes | images/s |\n" + "| --- " * 7 + "|\n"
 
 
-def minutes(epoch_time: str) -> float:
-    """From log.txt's h:mm:ss."""
-    h, m, s = map(int, epoch_time.split(":"))
-    return 60 * h + m + s / 60
-
-
 def row(name: str, lines: list[dict]) -> str:
     """A row of the table, from the lines of a run's log.txt."""
     last = lines[-1]
     ap, ap50, *_ = last["test_coco_eval_bbox"]
-    total = sum(minutes(line["epoch_time"]) for line in lines)
+    times = (map(int, line["epoch_time"].split(":")) for line in lines)
+    total = sum(60 * h + m + s / 60 for h, m, s in times)
     speed = fmean(line["train_images_per_second"] for line in lines)
     return (
         f"| `{name}` | `configs/toy/{name}.py` | {last['n_parameters'] / 1e6:.1f} | {ap:.3f} |"

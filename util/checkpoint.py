@@ -109,12 +109,9 @@ def save_checkpoint(
 
 
 def latest_checkpoint(output_dir: str | os.PathLike) -> tuple[Path, dict] | None:
-    """Path and contents of the checkpoint to resume a run from, or None.
-
-    Candidates are `checkpoint.pth`, its predecessors and `checkpointNNNN.pth`, sorted by
-    modification time, then name, latest first. Those that cannot be read and those with non-finite
-    weights ("nonfinite": True) are skipped with a warning.
-    """
+    """Path and contents of the checkpoint to resume a run from, or None: the latest by modification
+    time, then name, of `checkpoint.pth`, its predecessors and `checkpointNNNN.pth`. Those that
+    cannot be read or have non-finite weights ("nonfinite": True) are skipped with a warning."""
     candidates = []
     for path in Path(output_dir).glob("checkpoint*.pth"):
         if CANDIDATE.fullmatch(path.name):
@@ -132,8 +129,7 @@ def latest_checkpoint(output_dir: str | os.PathLike) -> tuple[Path, dict] | None
 
 
 def rng_state() -> dict:
-    """This process's RNG states, in types that `read_checkpoint` accepts. They differ between
-    processes, so each must be restored in its own process."""
+    """This process's RNG states, in types that `read_checkpoint` accepts."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -149,5 +145,4 @@ def set_rng_state(state: dict) -> None:
     random.setstate(state["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    for device, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(device_state, device)
+    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])

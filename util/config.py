@@ -108,21 +108,13 @@ class DataOptions:
     coco_path: str = option("", "data set with the directories train2017, val2017, annotations")
     num_workers: int = option(2, "data-loading workers per process", low=0)
     strict_data: bool = option(False, "stop at unreadable training images instead of skipping them")
-    fix_size: bool = option(
-        False, "resize training images to exactly max(data_aug_scales) x data_aug_max_size"
-    )
+    fix_size: bool = option(False, "resize to exactly max(data_aug_scales) x data_aug_max_size")
     data_aug_scales: list[int] = option(
-        [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
-        "shorter side of a training image, chosen at random; evaluation uses the largest",
-        low=8,
+        list(range(480, 801, 32)), "random shorter side in training; evaluation: the largest", low=8
     )
     data_aug_max_size: int = option(1333, "maximum longer side of an image", low=8)
-    data_aug_scales2_resize: list[int] = option(
-        [400, 500, 600], "shorter side before the random crop, chosen at random", low=8
-    )
-    data_aug_scales2_crop: list[int] = option(
-        [384, 600], "minimum and maximum side of the random crop; []: no crops", low=8
-    )
+    data_aug_scales2_resize: list[int] = option([400, 500, 600], "shorter side before crops", low=8)
+    data_aug_scales2_crop: list[int] = option([384, 600], "crop's [min, max]; []: no crops", low=8)
 
 
 @dataclass
@@ -132,35 +124,25 @@ class TrainingOptions:
     epochs: int = option(50, "number of training epochs", low=1)
     batch_size: int = option(2, "training batch size per process", low=1)
     eval_batch_size: int = option(
-        1, "evaluation batch size per process; published results use 1: padding costs AP", low=1
+        1, "evaluation batch size; as published, 1: padding costs AP", low=1
     )
     accumulate: int = option(1, "batches per optimiser step, in every process", low=1)
     optimizer: str = option(
-        "adamw",
-        "adamw, as published; muon (Jordan 2024): Muon for hidden weight matrices and AdamW for "
-        "the rest, which learns faster from random weights",
-        choices=["adamw", "muon"],
+        "adamw", "adamw, as published; muon learns faster from scratch", choices=["adamw", "muon"]
     )
     lr: float = option(1e-4, "learning rate", low=0)
     lr_backbone: float = option(1e-5, "learning rate of the backbone; 0: freeze it", low=0)
-    lr_linear_proj_mult: float = option(
-        0.1, "ddetr_in_mmdet: factor on --lr for reference_points and sampling_offsets", low=0
-    )
+    lr_linear_proj_mult: float = option(0.1, "ddetr_in_mmdet: factor for points and offsets", low=0)
     param_dict_type: str = option(
         "default",
-        "parameter groups: default; ddetr_in_mmdet, see --lr_linear_proj_mult; large_wd, no weight "
-        "decay for parameters with norm or bias in their names",
+        "groups: ddetr_in_mmdet, see --lr_linear_proj_mult; large_wd, no decay of norms, biases",
         choices=["default", "ddetr_in_mmdet", "large_wd"],
     )
     weight_decay: float = option(1e-4, "weight decay", low=0)
     lr_drop: int = option(40, "divide the learning rate by 10 every N epochs", low=1)
     multi_step_lr: bool = option(False, "divide the rate by 10 at the epochs in --lr_drop_list")
     lr_drop_list: list[int] = option([33, 45], "epochs for --multi_step_lr", low=1)
-    onecyclelr: bool = option(
-        False,
-        "one-cycle schedule: all rates, the backbone's too, rise to --lr for the first 20% of the "
-        "run, then fall",
-    )
+    onecyclelr: bool = option(False, "all rates rise to --lr for 20% of the run, then fall")
     clip_max_norm: float = option(0.1, "maximum gradient norm; 0: no clipping", low=0)
     amp: bool = option(False, "train and evaluate in mixed precision")
     amp_dtype: str = option("bf16", "data type of --amp", choices=["bf16", "fp16"])
@@ -173,32 +155,19 @@ class TrainingOptions:
 class RunOptions:
     """run"""
 
-    output_dir: str = option(
-        "",
-        "directory for checkpoints, log.txt and TensorBoard files; a run found there is resumed",
-    )
+    output_dir: str = option("", "directory for checkpoints and logs; a run in it is resumed")
     overwrite: bool = option(False, "delete the run in --output_dir and start a new one")
     device: str = option("", "cpu, cuda, cuda:1, ...; default: a GPU if available")
     seed: int = option(42, "seed of weights, noise, data order and augmentation", low=0)
-    resume: str = option(
-        "", "checkpoint to resume or evaluate, a file or URL; auto: the newest in --output_dir"
-    )
+    resume: str = option("", "checkpoint, a file or URL; auto: the newest in --output_dir")
     drop_lr_now: bool = option(False, "when resuming, divide the learning rates by 10")
-    override_resumed_lr_drop: bool = option(
-        False, "when resuming, use the given --lr_drop or --lr_drop_list, not the checkpoint's"
-    )
-    pretrain_model_path: str = option(
-        "", "checkpoint, a file or URL, to fine-tune: its weights are loaded as far as they fit"
-    )
-    finetune_ignore: list[str] = option(
-        [], "skip weights of --pretrain_model_path with one of these in their names"
-    )
+    override_resumed_lr_drop: bool = option(False, "when resuming, drop at the given epochs")
+    pretrain_model_path: str = option("", "file or URL of weights to load as far as they fit")
+    finetune_ignore: list[str] = option([], "leave out weights with one of these in their names")
     start_epoch: int = option(0, "number of the first epoch; ignored when resuming", low=0)
     save_checkpoint_interval: int = option(10, "keep a checkpoint every N epochs", low=1)
     save_every_minutes: float = option(30, "also save every X minutes within an epoch", low=0)
-    keep_checkpoints: int = option(
-        2, "latest checkpoints to keep: checkpoint.pth, checkpoint_previous_1.pth, ...", low=1
-    )
+    keep_checkpoints: int = option(2, "checkpoint.pth and its predecessors to keep", low=1)
     world_size: int = option(1, "number of processes; set by torchrun or Slurm", low=1)
     rank: int = option(0, "rank of this process; set by torchrun or Slurm", low=0)
     dist_url: str = option("env://", "where processes connect to each other, e.g. tcp://HOST:PORT")
@@ -207,11 +176,7 @@ class RunOptions:
     test: bool = option(False, "write detections on test2017 for COCO's server and stop")
     eval_per_class: bool = option(False, "also print the AP of each class")
     save_results: bool = option(False, "write the detections of each evaluation to results.json")
-    log_matching: bool = option(
-        False,
-        "for each decoder layer, log the matching instability (queries per validation image "
-        "matched to a different object than an epoch before) and the anchor-to-object distance",
-    )
+    log_matching: bool = option(False, "log how the matching changes, and distances from anchors")
     debug: bool = option(False, "smoke test: only a few steps per epoch")
 
 
@@ -237,8 +202,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
 
 def parse_value(name: str, value: Any) -> Any:
-    """A value from the command line, a config file or a caller, converted to the option's type.
-    UserError if that is impossible."""
+    """A given value, converted to the option's type. UserError if that is impossible."""
     if name == "two_stage_type":
         if value not in ("no", "standard"):
             raise UserError(f"two_stage_type: {value!r} is not supported, only 'standard' and 'no'")
@@ -250,11 +214,9 @@ def parse_value(name: str, value: Any) -> Any:
 
 
 def convert(name: str, kind: Any, value: Any) -> Any:
-    """`value` as `kind`: bool, int, float, str, `list[...]` or `... | None`.
-
-    Booleans may be written true, TRUE, 1, ...; lists as [1,2], 1,2, a list of words or one item;
-    `none` means None or an empty list.
-    """
+    """`value` as `kind`: bool, int, float, str, `list[...]` or `... | None`. Booleans may be
+    written true, TRUE, 1, ...; lists as [1,2], 1,2, a list of words or one item; `none` means None
+    or an empty list."""
     items = list(value) if isinstance(value, list | tuple) else [value]
     is_none = len(items) == 1 and str(items[0]).lower() in ("none", "null")
     inner, *_ = typing.get_args(kind) or (kind,)
@@ -280,8 +242,6 @@ def convert(name: str, kind: Any, value: Any) -> Any:
 
 def check_fixed(name: str, value: Any) -> None:
     """UserError if a released option with a single supported value is set to a different one."""
-    if name not in FIXED:
-        return
     only = FIXED[name]
     kind = {list: list[str], type(None): str | None}.get(type(only), type(only))
     with contextlib.suppress(UserError):
@@ -291,8 +251,7 @@ def check_fixed(name: str, value: Any) -> None:
 
 
 def known_name(name: str, where: str) -> str | None:
-    """The current name of an option, or None if it is accepted and ignored. UserError with the
-    nearest name if it is unknown."""
+    """The current name of an option; None if it is ignored. UserError if it is unknown."""
     if name in FIELDS or name in SELECTION_SWITCHES:
         return name
     if name in ALIASES:
@@ -303,42 +262,33 @@ def known_name(name: str, where: str) -> str | None:
 
 
 def find_config_file(path: str | Path) -> Path:
-    """A config file, given by its path, also relative to this repository or in DINO's. UserError
-    with the nearest name if there is none."""
-    path = Path(path)
-    if not path.exists() and not path.is_absolute() and (CONFIG_DIR.parent / path).exists():
-        path = CONFIG_DIR.parent / path
-    if not path.exists() and path.name in RELEASED_CONFIGS:
+    """A config file by its path, which may be relative to this repository or be one of DINO's."""
+    path, root = Path(path), CONFIG_DIR.parent
+    for candidate in (path, root / path):
+        if candidate.exists():
+            return candidate
+    if path.name in RELEASED_CONFIGS:
         equivalent = CONFIG_DIR / f"{RELEASED_CONFIGS[path.name]}.py"
         logger.info("%s does not exist; using the equivalent configs/%s", path, equivalent.name)
-        path = equivalent
-    if not path.exists():
-        known = [str(p.relative_to(CONFIG_DIR.parent)) for p in CONFIG_DIR.rglob("*.py")]
-        raise UserError(f"{path}: no such config file{nearest(str(path), known)}")
-    return path
-
-
-def merge_config(base: dict[str, Any], own: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The parsed options of base files, overridden by the assignments in the file at `path`."""
-    return resolve_selection(base | parse_values(own, str(path)))
+        return equivalent
+    known = [str(p.relative_to(root)) for p in CONFIG_DIR.rglob("*.py")]
+    raise UserError(f"{path}: no such config file{nearest(str(path), known)}")
 
 
 def parse_values(values: dict[str, Any], where: str) -> dict[str, Any]:
     """{current name: value of the option's type}. UserError for unknown names and bad values."""
     parsed = {}
     for name, value in values.items():
-        check_fixed(name, value)
-        if known := known_name(name, where):
+        if name in FIXED:
+            check_fixed(name, value)
+        elif known := known_name(name, where):
             parsed[known] = parse_value(known, value)
     return parsed
 
 
 def resolve_selection(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace the released switches by the equivalent query_selection.
-
-    --two_stage, or a two_stage_type other than "no", selects tokens; --use_mqs or embed_init_tgt
-    still learns the content.
-    """
+    """Replace the released switches by query_selection: --two_stage, or a two_stage_type other than
+    "no", selects tokens; --use_mqs or embed_init_tgt still learns the content."""
     given = {name: values.pop(name) for name in SELECTION_SWITCHES if name in values}
     selection = values.get("query_selection", "static")
     if any(given.get(name) is False for name in ("two_stage", "two_stage_type")):
@@ -352,17 +302,15 @@ def resolve_selection(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a config file, apply `overrides` and validate the result.
-
-    UserError for an unknown name, with the nearest known one, and for a value of the wrong type or
-    out of range.
-    """
+    """Read a config file, apply `overrides` and validate the result. UserError for an unknown name
+    and for a value of the wrong type or out of range."""
     return make_config(path, parse_values(overrides or {}, "overrides"))
 
 
 def make_config(path: str | Path | None, overrides: dict[str, Any]) -> Config:
     """`load_config` with parsed overrides."""
-    values = read_assignments(find_config_file(path), merge_config) if path else {}
+    merge = lambda base, own, file: resolve_selection(base | parse_values(own, str(file)))
+    values = read_assignments(find_config_file(path), merge) if path else {}
     values |= overrides
     name = values.get("modelname", Config.modelname)
     return Config(**resolve_selection(find_model(name).detector.implied | values))
@@ -379,13 +327,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add -c, --options and a flag for every field of `Config`."""
     add = parser.add_argument
     add("-c", "--config_file", metavar="FILE", help="config file; see configs/")
-    add(
-        "--options",
-        nargs="+",
-        default=[],
-        metavar="K=V",
-        help="options as in a config file, e.g. lr=2e-4",
-    )
+    text = "options as in a config file, e.g. lr=2e-4"
+    add("--options", nargs="+", default=[], metavar="K=V", help=text)
     spellings: dict[str, list[str]] = {"modelname": ["-m"]}
     for old, new in ALIASES.items():
         spellings.setdefault(new, []).append(f"--{old}")

@@ -4,7 +4,7 @@ import os
 import random
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.errors import UserError
-
-T = TypeVar("T")
 
 
 def join_processes(world_size: int, rank: int, dist_url: str, timeout_minutes: float) -> int:
@@ -29,14 +27,10 @@ def join_processes(world_size: int, rank: int, dist_url: str, timeout_minutes: f
     local_rank = int(os.environ.get("LOCAL_RANK", rank % gpus if gpus else rank))
     if world_size == 1:
         return local_rank
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo",
-            init_method=dist_url,
-            world_size=world_size,
-            rank=rank,
-            timeout=timedelta(minutes=timeout_minutes),
-        )
+        dist.init_process_group(backend, dist_url, timeout, world_size, rank)
     except (ValueError, RuntimeError) as e:  # torch's own errors are RuntimeErrors
         reason = str(e).splitlines()[0]
         raise UserError(
@@ -91,7 +85,7 @@ def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
-def on_rank0(function: Callable[[], T]) -> T:
+def on_rank0(function: Callable[[], Any]) -> Any:
     """Call `function` on rank 0 only; all processes return its result or raise its UserError."""
     outcome: list = [None, None]
     if rank() == 0:
@@ -107,10 +101,7 @@ def on_rank0(function: Callable[[], T]) -> T:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The named device, or without a name this process's GPU if there is one, else the CPU.
-
-    UserError if it cannot be used.
-    """
+    """The named device, by default this process's GPU, or the CPU. UserError if it is unusable."""
     if not name and not torch.cuda.is_available():
         return torch.device("cpu")
     if name in ("", "cuda"):

@@ -29,11 +29,8 @@ def local_file(path: str | os.PathLike) -> Path:
 
 
 def download(url: str) -> Path:
-    """The file at `url`, downloaded once into torch.hub's cache.
-
-    Files appear in the cache only when complete; if several processes need one, the first downloads
-    it. UserError if the file does not exist, the connection breaks or the disk is full.
-    """
+    """The file at `url`, downloaded once into torch.hub's cache, by the first process that needs
+    it. UserError if the file does not exist, the connection breaks or the disk is full."""
     name = os.path.basename(urlsplit(url).path) or "checkpoint.pth"
     key = hashlib.sha256(url.encode()).hexdigest()[:8]  # many files are called checkpoint.pth
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}-{name}"

@@ -8,11 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class ModelEma:
-    """Keeps ema = decay * ema + (1 - decay) * model for all floating-point parameters and buffers.
-
-    `module` is the averaged model, in eval mode and without gradients, on the model's device.
-    Integer buffers are copied. Shared parameters are averaged once.
-    """
+    """Keeps ema = decay * ema + (1 - decay) * model for all floating-point parameters and buffers,
+    in `module`, a model in eval mode and without gradients. Integer buffers are copied."""
 
     def __init__(self, model: nn.Module, decay: float = 0.9997):
         self.decay = decay
@@ -21,18 +18,17 @@ class ModelEma:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """To be called after every optimiser step."""
-        floating, other = ([], []), ([], [])
+        averages, currents = [], []
         for average, current in zip(_tensors(self.module), _tensors(_unwrap(model)), strict=True):
-            averages, currents = floating if average.is_floating_point() else other
-            averages.append(average)
-            currents.append(current)
-        if floating[0]:
-            torch._foreach_lerp_(*floating, 1 - self.decay)  # one launch for all tensors
-        if other[0]:
-            torch._foreach_copy_(*other)
+            if average.is_floating_point():
+                averages.append(average)
+                currents.append(current)
+            else:
+                average.copy_(current)
+        if averages:
+            torch._foreach_lerp_(averages, currents, 1 - self.decay)  # one launch for all tensors
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The averaged tensors, under the model's names."""
         return self.module.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

@@ -27,9 +27,7 @@ def setup_logging() -> None:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 
-    handler = Handler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[Handler()], force=True)
 
 
 class Averages:
@@ -58,10 +56,7 @@ class Averages:
 
 class ProgressBar:
     """Iterates over `total` items: a bar on a terminal, elsewhere a line every `interval` seconds.
-
-    The caller counts `images` and sets `note`, which is shown with images per second, time left and
-    peak memory.
-    """
+    The caller counts `images` and sets `note`, which is shown with speed, time left and memory."""
 
     def __init__(self, items: Iterable, title: str, total: int, interval: float = 20.0):
         self.items, self.title, self.total, self.interval = items, title, total, interval
@@ -105,9 +100,7 @@ def peak_memory_mb() -> float:
 
 class RunLog:
     """Writes log.txt, one JSON line per epoch with the released keys, and the same to TensorBoard.
-
-    Lines from `first_epoch` on, left by an earlier process, are removed: these epochs are redone.
-    """
+    Removes lines from `first_epoch` on, left by an earlier process: these epochs are redone."""
 
     def __init__(self, output_dir: str | Path, first_epoch: int = 0):
         self.path = Path(output_dir) / "log.txt"

@@ -83,10 +83,13 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
     weight decay for names with "norm" or "bias", which miss some norms.
     """
 
-    def settings(name: str, parameter: nn.Parameter) -> tuple[float, float, bool]:
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         lr, decay = cfg.lr, cfg.weight_decay
         if name.startswith("backbone."):
             lr = cfg.lr_backbone
+            if lr == 0:
+                parameter.requires_grad_(False)
         elif cfg.param_dict_type == "ddetr_in_mmdet" and (
             "reference_points" in name or "sampling_offsets" in name
         ):
@@ -95,14 +98,9 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
             decay = 0.0
         # Excludes vectors, depthwise convolutions and the stem.
         is_matrix = parameter.ndim > 1 and not {1, IMAGE_CHANNELS} & set(parameter.shape[:2])
-        return lr, decay, cfg.optimizer == "muon" and is_matrix and not NOT_HIDDEN.search(name)
-
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith("backbone.") and cfg.lr_backbone == 0:
-            parameter.requires_grad_(False)
+        hidden = cfg.optimizer == "muon" and is_matrix and not NOT_HIDDEN.search(name)
         if parameter.requires_grad:
-            groups.setdefault(settings(name, parameter), []).append(parameter)
+            groups.setdefault((lr, decay, hidden), []).append(parameter)
     return [
         {"params": params, "lr": lr, "weight_decay": decay, "hidden": hidden}
         for (lr, decay, hidden), params in sorted(groups.items(), key=lambda group: group[0][2])
@@ -111,9 +109,7 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
 
 def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     groups = parameter_groups(model, cfg)
-    if cfg.optimizer == "muon":
-        return Muon(groups)
-    return torch.optim.AdamW(groups, fused=True)
+    return Muon(groups) if cfg.optimizer == "muon" else torch.optim.AdamW(groups, fused=True)
 
 
 def build_scheduler(
@@ -138,11 +134,8 @@ def move_to(scheduler: LRScheduler, position: int) -> None:
 def load_released_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: dict
 ) -> bool:
-    """Load AdamW's state from a checkpoint of the released code; False if it does not fit.
-
-    That code has two parameter groups, without and with "backbone" in the name, each in the order
-    of the weights in the file.
-    """
+    """Load AdamW's state from a checkpoint of the released code; False if it does not fit. There,
+    names without and with "backbone" make two groups, each in the order of the file's weights."""
     ours, seen = dict(model.named_parameters(remove_duplicate=False)), set()
     groups: tuple[list, list] = [], []
     for name in checkpoint.get("model", ()):

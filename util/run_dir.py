@@ -39,10 +39,8 @@ def prepare_output_dir(cfg: Config, argv: Sequence[str] | None = None) -> Path |
 
 @contextlib.contextmanager
 def claimed(output_dir: Path | None) -> Iterator[None]:
-    """Hold the output directory's lock; UserError if another run holds it.
-
-    It is a lock on a file, which the operating system releases however the process ends.
-    """
+    """Hold the output directory's lock, which the operating system releases however the process
+    ends. UserError if another run holds it."""
     with contextlib.ExitStack() as stack:
 
         def claim() -> None:
@@ -81,12 +79,9 @@ def remove_run(output_dir: Path) -> None:
 
 
 def find_resume(cfg: Config, training: bool = False) -> str:
-    """The file or URL of the checkpoint to load: --resume, or the newest if that is auto; "" if
-    there is none.
-
-    As in DINO's code, training resumes the run in the output directory whatever --resume says,
-    unless --resume names another checkpoint of that run or --overwrite discards it.
-    """
+    """The file or URL of the checkpoint to load: --resume, the newest if that is auto, or "". As in
+    DINO's code, training resumes the run in the output directory whatever --resume says, unless
+    --resume names another checkpoint of that run or --overwrite discards it."""
     auto, output_dir = cfg.resume == "auto", Path(cfg.output_dir)
     if auto and not cfg.output_dir:
         raise UserError("resume: auto needs --output_dir")

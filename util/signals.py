@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -20,29 +19,21 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """While this context is open, a stop signal is only recorded, in `signum`.
-
-    Once it has stopped the run, it is passed on to the previous handler: submitit's requeues the
-    job.
-    """
+    """While this context is open, a stop signal is only recorded, in `signum`. Once it has stopped
+    the run, it is passed on to the previous handler: submitit's requeues the job."""
 
     def __enter__(self) -> StopRequest:
         self.signum, self.at_once = 0, False
         self.before = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
         if isinstance(error, Stopped) and callable(self.before.get(error.signum)):
             self.before[error.signum](error.signum, None)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _note(self, signum: int, frame) -> None:
         self.signum = signum
         if self.at_once:
             raise Stopped(signum)

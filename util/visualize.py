@@ -1,7 +1,4 @@
-"""Boxes drawn on images, and curves of training runs.
-
-`python -m util.visualize outputs/a outputs/b --output curves.png` compares two runs.
-"""
+"""Boxes drawn on images, and curves of training runs: `python -m util.visualize --help`."""
 
 import argparse
 import colorsys
@@ -108,10 +105,7 @@ def draw_boxes(
 def side_by_side(
     image: Tensor, columns: Mapping[str, Mapping], names: Mapping[int, str] | None = None
 ) -> Image.Image:
-    """Copies of the image in a row, each with a title and boxes.
-
-    columns: {title: keyword arguments of `draw_boxes`}, from left to right.
-    """
+    """Copies of the image in a row: `columns` is {title: keyword arguments of `draw_boxes`}."""
     parts = {title: draw_boxes(image, names=names, **part) for title, part in columns.items()}
     width, height = next(iter(parts.values())).size
     font = load_font(min(max(16, max(width, height) // 45), 36))
@@ -125,10 +119,7 @@ def side_by_side(
 
 
 def read_log(path: Path) -> dict[int, dict]:
-    """{epoch: row} of a log.txt, with added keys for AP and AP50.
-
-    The last line of an epoch counts, as resumed runs may repeat epochs. UserError if not a log.
-    """
+    """{epoch: row} of a log.txt, with added keys for AP and AP50. UserError if it is not a log."""
     rows, number = {}, 0
     try:
         for line in path.read_text().splitlines():
@@ -137,7 +128,7 @@ def read_log(path: Path) -> dict[int, dict]:
             for prefix in ("test_", "ema_test_"):
                 if figures := row.get(f"{prefix}coco_eval_bbox"):
                     row[f"{prefix}AP"], row[f"{prefix}AP50"] = figures[:2]
-            rows[int(row["epoch"])] = row
+            rows[int(row["epoch"])] = row  # of repeated epochs, the last counts
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not a text file"
         raise UserError(f"{path}: cannot be read: {reason}; pass a run's log.txt") from e
@@ -148,10 +139,8 @@ def read_log(path: Path) -> dict[int, dict]:
 
 def plot_log(log_files: str | Path | Sequence[str | Path], out_file: str | Path) -> None:
     """Plot losses, AP and AP50 by epoch, with a colour for each run, to a PNG, PDF or SVG file.
-
     Each of `log_files` is a run's log.txt or directory. Training losses include denoising, test
-    losses do not. UserError if a log has nothing to plot or a file cannot be read or written.
-    """
+    losses do not. UserError if a log has nothing to plot or a file cannot be read or written."""
     paths = [Path(p) for p in ([log_files] if isinstance(log_files, str | Path) else log_files)]
     paths = [path / "log.txt" if path.is_dir() else path for path in paths]
     figure, styles = Figure(figsize=(13, 7.5), layout="constrained"), {}
