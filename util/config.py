@@ -108,13 +108,21 @@ class DataOptions:
     coco_path: str = option("", "data set with the directories train2017, val2017, annotations")
     num_workers: int = option(2, "data-loading workers per process", low=0)
     strict_data: bool = option(False, "stop at unreadable training images instead of skipping them")
-    fix_size: bool = option(False, "resize to exactly max(data_aug_scales) x data_aug_max_size")
+    fix_size: bool = option(
+        False, "resize training images to exactly max(data_aug_scales) x data_aug_max_size"
+    )
     data_aug_scales: list[int] = option(
-        list(range(480, 801, 32)), "random shorter side in training; evaluation: the largest", low=8
+        [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
+        "shorter side of a training image, chosen at random; evaluation uses the largest",
+        low=8,
     )
     data_aug_max_size: int = option(1333, "maximum longer side of an image", low=8)
-    data_aug_scales2_resize: list[int] = option([400, 500, 600], "shorter side before crops", low=8)
-    data_aug_scales2_crop: list[int] = option([384, 600], "crop's [min, max]; []: no crops", low=8)
+    data_aug_scales2_resize: list[int] = option(
+        [400, 500, 600], "shorter side before the random crop, chosen at random", low=8
+    )
+    data_aug_scales2_crop: list[int] = option(
+        [384, 600], "minimum and maximum side of the random crop; []: no crops", low=8
+    )
 
 
 @dataclass
@@ -124,25 +132,35 @@ class TrainingOptions:
     epochs: int = option(50, "number of training epochs", low=1)
     batch_size: int = option(2, "training batch size per process", low=1)
     eval_batch_size: int = option(
-        1, "evaluation batch size; as published, 1: padding costs AP", low=1
+        1, "evaluation batch size per process; published results use 1: padding costs AP", low=1
     )
     accumulate: int = option(1, "batches per optimiser step, in every process", low=1)
     optimizer: str = option(
-        "adamw", "adamw, as published; muon learns faster from scratch", choices=["adamw", "muon"]
+        "adamw",
+        "adamw, as published; muon (Jordan 2024): Muon for hidden weight matrices and AdamW for "
+        "the rest, which learns faster from random weights",
+        choices=["adamw", "muon"],
     )
     lr: float = option(1e-4, "learning rate", low=0)
     lr_backbone: float = option(1e-5, "learning rate of the backbone; 0: freeze it", low=0)
-    lr_linear_proj_mult: float = option(0.1, "ddetr_in_mmdet: factor for points and offsets", low=0)
+    lr_linear_proj_mult: float = option(
+        0.1, "ddetr_in_mmdet: factor on --lr for reference_points and sampling_offsets", low=0
+    )
     param_dict_type: str = option(
         "default",
-        "groups: ddetr_in_mmdet, see --lr_linear_proj_mult; large_wd, no decay of norms, biases",
+        "parameter groups: default; ddetr_in_mmdet, see --lr_linear_proj_mult; large_wd, no weight "
+        "decay for parameters with norm or bias in their names",
         choices=["default", "ddetr_in_mmdet", "large_wd"],
     )
     weight_decay: float = option(1e-4, "weight decay", low=0)
     lr_drop: int = option(40, "divide the learning rate by 10 every N epochs", low=1)
     multi_step_lr: bool = option(False, "divide the rate by 10 at the epochs in --lr_drop_list")
     lr_drop_list: list[int] = option([33, 45], "epochs for --multi_step_lr", low=1)
-    onecyclelr: bool = option(False, "all rates rise to --lr for 20% of the run, then fall")
+    onecyclelr: bool = option(
+        False,
+        "one-cycle schedule: all rates, the backbone's too, rise to --lr for the first 20% of the "
+        "run, then fall",
+    )
     clip_max_norm: float = option(0.1, "maximum gradient norm; 0: no clipping", low=0)
     amp: bool = option(False, "train and evaluate in mixed precision")
     amp_dtype: str = option("bf16", "data type of --amp", choices=["bf16", "fp16"])
@@ -155,19 +173,32 @@ class TrainingOptions:
 class RunOptions:
     """run"""
 
-    output_dir: str = option("", "directory for checkpoints and logs; a run in it is resumed")
+    output_dir: str = option(
+        "",
+        "directory for checkpoints, log.txt and TensorBoard files; a run found there is resumed",
+    )
     overwrite: bool = option(False, "delete the run in --output_dir and start a new one")
     device: str = option("", "cpu, cuda, cuda:1, ...; default: a GPU if available")
     seed: int = option(42, "seed of weights, noise, data order and augmentation", low=0)
-    resume: str = option("", "checkpoint, a file or URL; auto: the newest in --output_dir")
+    resume: str = option(
+        "", "checkpoint to resume or evaluate, a file or URL; auto: the newest in --output_dir"
+    )
     drop_lr_now: bool = option(False, "when resuming, divide the learning rates by 10")
-    override_resumed_lr_drop: bool = option(False, "when resuming, drop at the given epochs")
-    pretrain_model_path: str = option("", "file or URL of weights to load as far as they fit")
-    finetune_ignore: list[str] = option([], "leave out weights with one of these in their names")
+    override_resumed_lr_drop: bool = option(
+        False, "when resuming, use the given --lr_drop or --lr_drop_list, not the checkpoint's"
+    )
+    pretrain_model_path: str = option(
+        "", "checkpoint, a file or URL, to fine-tune: its weights are loaded as far as they fit"
+    )
+    finetune_ignore: list[str] = option(
+        [], "skip weights of --pretrain_model_path with one of these in their names"
+    )
     start_epoch: int = option(0, "number of the first epoch; ignored when resuming", low=0)
     save_checkpoint_interval: int = option(10, "keep a checkpoint every N epochs", low=1)
     save_every_minutes: float = option(30, "also save every X minutes within an epoch", low=0)
-    keep_checkpoints: int = option(2, "checkpoint.pth and its predecessors to keep", low=1)
+    keep_checkpoints: int = option(
+        2, "latest checkpoints to keep: checkpoint.pth, checkpoint_previous_1.pth, ...", low=1
+    )
     world_size: int = option(1, "number of processes; set by torchrun or Slurm", low=1)
     rank: int = option(0, "rank of this process; set by torchrun or Slurm", low=0)
     dist_url: str = option("env://", "where processes connect to each other, e.g. tcp://HOST:PORT")
@@ -176,7 +207,11 @@ class RunOptions:
     test: bool = option(False, "write detections on test2017 for COCO's server and stop")
     eval_per_class: bool = option(False, "also print the AP of each class")
     save_results: bool = option(False, "write the detections of each evaluation to results.json")
-    log_matching: bool = option(False, "log how the matching changes, and distances from anchors")
+    log_matching: bool = option(
+        False,
+        "for each decoder layer, log the matching instability (queries per validation image "
+        "matched to a different object than an epoch before) and the anchor-to-object distance",
+    )
     debug: bool = option(False, "smoke test: only a few steps per epoch")
 
 
