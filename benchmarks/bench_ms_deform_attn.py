@@ -83,8 +83,8 @@ def by_grid_sample(value, spatial_shapes, level_start_index, locations, weights)
     return output.view(B, M * D, -1).transpose(1, 2).contiguous()
 
 
-def by_backend(name: str, *inputs: Tensor) -> Tensor:
-    os.environ["MS_DEFORM_ATTN_BACKEND"] = name
+def by_backend(name: str, *inputs: Tensor, variant: str = "") -> Tensor:
+    os.environ |= {"MS_DEFORM_ATTN_BACKEND": name, "MS_DEFORM_ATTN_CPU": variant}
     return ms_deform_attn(*inputs)
 
 
@@ -93,7 +93,9 @@ def find_implementations(device: str) -> dict[str, Callable[..., Tensor]]:
     compiled = "cpp" if device == "cpu" else "cuda"
     try:
         native.load(compiled)
-        functions[compiled] = partial(by_backend, compiled)
+        for variant in native.cpu_variants() if compiled == "cpp" else [""]:
+            name = f"{compiled} {variant}".strip()
+            functions[name] = partial(by_backend, compiled, variant=variant)
     except native.Unavailable as problem:
         print(f"skipping {compiled}: {problem}")
     try:
@@ -216,13 +218,14 @@ def measure(functions: dict[str, Callable], device: str, repetitions: int) -> li
 
 def print_row(entry: dict) -> None:
     medians, floor, remarks = entry["median_ms"], entry["floor_ms"]["sum"], []
-    if ours := medians.get("cpp") or medians.get("cuda"):
-        remarks = [f"{ours / floor:.1f} x floor", f"{entry['bytes'] / ours / 1e6:.0f} GB/s"]
-        if PACKAGE in medians:
-            remarks.append(f"{medians[PACKAGE] / ours:.1f} x as fast as the package")
+    for name, ours in medians.items():
+        if name.startswith(("cpp", "cuda")):
+            package = medians.get(PACKAGE)
+            ratio = f", {package / ours:.1f} x as fast as the package" if package else ""
+            remarks.append(f"{name}: {ours / floor:.1f} x floor{ratio}")
     cells = [entry[key] for key in ("shape", "dtype", "locations", "direction")]
     cells += [f"{ms:.2f} ms" for ms in (*medians.values(), floor)]
-    print(f"| {' | '.join(cells)} | {', '.join(remarks)} |")
+    print(f"| {' | '.join(cells)} | {'; '.join(remarks)} |")
 
 
 def main() -> None:

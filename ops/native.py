@@ -15,10 +15,15 @@ from torch import Tensor
 BUILD_COMMAND = "make op (or: pip install ./ops)"
 if __package__ == "dn_dino.ops":
     BUILD_COMMAND = "pip install --force-reinstall --no-deps, with c++ or nvcc available"
-_ABI = 1  # version of the C interface; libraries with another are outdated
+_ABI = {"cpp": 2, "cuda": 1}  # versions of the C interfaces; libraries with others are outdated
 TYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _LIBRARIES = {"cpp": "ms_deform_attn_cpu", "cuda": "ms_deform_attn_cuda"}
-_CPU_ERRORS = {1: "out of memory", 2: "a head of value has 2**31 elements or more"}
+CPU_VARIANTS = ("avx512", "avx2", "baseline")  # fastest first
+_CPU_ERRORS = {
+    1: "out of memory",
+    2: "a head of value has 2**31 elements or more",
+    3: f"MS_DEFORM_ATTN_CPU must be one of {', '.join(CPU_VARIANTS)} that this processor supports",
+}
 
 
 class Unavailable(RuntimeError):
@@ -38,7 +43,7 @@ def load(backend: str) -> ctypes.CDLL:
         abi = getattr(library, f"{name}_abi")()
     except (OSError, AttributeError) as error:
         raise Unavailable(f"{path} cannot be loaded ({error}); rebuild: {BUILD_COMMAND}") from error
-    if abi != _ABI:
+    if abi != _ABI[backend]:
         raise Unavailable(f"{path} has the wrong version; rebuild: {BUILD_COMMAND}")
     # cpp: is_double, threads; cuda: type of value, type of the others, device, stream.
     options: list[type] = [ctypes.c_int, ctypes.c_int64]
@@ -50,6 +55,13 @@ def load(backend: str) -> ctypes.CDLL:
         function.argtypes = options + [ctypes.c_void_p] * tensors + [ctypes.c_int64] * 7
         setattr(library, direction, function)
     return library
+
+
+def cpu_variants() -> list[str]:
+    """The variants of the C++ kernel that this processor supports, fastest first; the first runs,
+    or the one in the environment variable MS_DEFORM_ATTN_CPU. Raises Unavailable."""
+    supports = load("cpp").ms_deform_attn_cpu_supports
+    return [name for name in CPU_VARIANTS if supports(name.encode())]
 
 
 def _folders() -> list[Path]:

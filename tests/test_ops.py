@@ -12,20 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops import BACKENDS, MSDeformAttn, choose_backend, ms_deform_attn, native
+from ops import MSDeformAttn, choose_backend, ms_deform_attn, native
 from ops.ms_deform_attn import _choose
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [(7, 5), (3, 4), (1, 2), (2, 1), (4, 3)]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["reference", *(f"cpp {name}" for name in native.CPU_VARIANTS), "cuda"])
 def device(request, monkeypatch) -> torch.device:
-    """Each backend's device, with the backend forced. The C++ one must be built."""
-    if request.param == "cuda" and not torch.cuda.is_available():
+    """Each backend's device, with the backend and its variant forced. The C++ one must be built."""
+    backend, _, variant = request.param.partition(" ")
+    if backend == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", request.param)
-    return torch.device("cuda" if request.param == "cuda" else "cpu")
+    if variant and variant not in native.cpu_variants():
+        pytest.skip(f"needs a processor with {variant}")
+    monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", backend)
+    monkeypatch.setenv("MS_DEFORM_ATTN_CPU", variant)
+    return torch.device("cuda" if backend == "cuda" else "cpu")
 
 
 def make_inputs(B=2, Q=9, M=3, D=5, L=3, P=2, *, dtype=torch.float64, device="cpu", seed=0):
@@ -190,8 +194,12 @@ def test_second_derivative_raises(device):
         grad.sum().backward()
 
 
-def test_results_are_bit_identical_across_runs_and_thread_counts(monkeypatch):
+@pytest.mark.parametrize("variant", native.CPU_VARIANTS)
+def test_results_are_bit_identical_across_runs_and_thread_counts(variant, monkeypatch):
+    if variant not in native.cpu_variants():
+        pytest.skip(f"needs a processor with {variant}")
     monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", "cpp")
+    monkeypatch.setenv("MS_DEFORM_ATTN_CPU", variant)
     inputs = make_inputs(1, 600, 3, 32, 4, 4, dtype=torch.float32)
     threads = torch.get_num_threads()
     try:
@@ -454,6 +462,13 @@ def test_forcing_an_unbuilt_backend_names_the_build_command(folder, backend, mon
 def test_forcing_an_unknown_backend_lists_the_choices(monkeypatch):
     monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="triton: choose one of reference, cpp, cuda"):
+        ms_deform_attn(*make_inputs())
+
+
+def test_forcing_an_unknown_variant_lists_the_choices(monkeypatch):
+    monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", "cpp")
+    monkeypatch.setenv("MS_DEFORM_ATTN_CPU", "sse9")
+    with pytest.raises(RuntimeError, match="must be one of avx512, avx2, baseline"):
         ms_deform_attn(*make_inputs())
 
 

@@ -25,33 +25,30 @@
 
 namespace {
 
-// 64 bytes: one AVX-512 register; the compiler splits it where registers are narrower.
-constexpr int64_t kVectorBytes = 64;
 // Sampling points handled together: their offsets and weights stay in the first-level cache.
 constexpr int64_t kBlockPoints = 512;
 // Queries by which the rows of grad_output are fetched ahead.
 constexpr int64_t kAhead = 8;
+// Alignment of buffers, and the bytes of the widest vector.
+constexpr int64_t kLine = 64;
 
-template <class A>
-constexpr int64_t kLanes = kVectorBytes / sizeof(A);
-
-template <class A>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(64), aligned(sizeof(A)), may_alias));
-  typedef A quarter __attribute__((vector_size(4 * sizeof(A)), aligned(sizeof(A)), may_alias));
+// The vectors of an instruction set whose registers have kBytes: whole registers, since compilers
+// pass wider vectors through memory, and at least four lanes.
+template <class Element, int64_t kBytes>
+struct Simd {
+  using A = Element;
+  static constexpr int64_t kLanes = std::max<int64_t>(kBytes / sizeof(A), 4);
+  typedef A Vector __attribute__((vector_size(kLanes * sizeof(A)), aligned(sizeof(A)), may_alias));
+  typedef A Four __attribute__((vector_size(4 * sizeof(A)), aligned(sizeof(A)), may_alias));
 };
-template <class A>
-using Vector = typename VectorOf<A>::type;
-template <class A>
-using Four = typename VectorOf<A>::quarter;
 
-template <class A>
-INLINE const Vector<A>& load(const A* p) {
-  return *reinterpret_cast<const Vector<A>*>(p);
+template <class V>
+INLINE const typename V::Vector& load(const typename V::A* p) {
+  return *reinterpret_cast<const typename V::Vector*>(p);
 }
-template <class A>
-INLINE void store(A* p, const Vector<A>& v) {
-  *reinterpret_cast<Vector<A>*>(p) = v;
+template <class V>
+INLINE void store(typename V::A* p, const typename V::Vector& v) {
+  *reinterpret_cast<typename V::Vector*>(p) = v;
 }
 
 template <class A>
@@ -101,7 +98,7 @@ struct Workspace {
     auto take = [&](auto*& pointer, int64_t n) {
       using Element = std::remove_reference_t<decltype(*pointer)>;
       pointer = reinterpret_cast<Element*>(memory + bytes);
-      bytes += (n * sizeof(Element) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+      bytes += (n * sizeof(Element) + kLine - 1) / kLine * kLine;
     };
     const int64_t points = e.block * e.per_query;
     take(head, e.head_elements);
@@ -112,7 +109,7 @@ struct Workspace {
     if (!e.backward) return;
     take(grad_head, e.head_elements);
     for (A** p : {&fx, &fy, &inside}) take(*p, points);
-    take(products, 4 * e.per_query * kLanes<A>);
+    take(products, 4 * e.per_query * kLine / sizeof(A));
     take(dots, 4 * points);
   }
 };
@@ -123,7 +120,7 @@ struct Block {
 };
 
 // Copies head m of image b, levels [first, last), with borders and padding of zeros.
-template <class A>
+template <class V, class A>
 INLINE void pack_head(const Problem<A> p, const Block at, A* out) {
   const int64_t pixel = p.D_padded;
   for (int64_t l = at.first; l < at.last; ++l) {
@@ -136,7 +133,7 @@ INLINE void pack_head(const Problem<A> p, const Block at, A* out) {
       out += pixel;
       for (int64_t x = 0; x < W; ++x, in += p.M * p.D, out += pixel) {
         if (p.D == pixel) {
-          for (int64_t d = 0; d < pixel; d += kLanes<A>) store(out + d, load(in + d));
+          for (int64_t d = 0; d < pixel; d += V::kLanes) store<V>(out + d, load<V>(in + d));
         } else {
           for (int64_t d = 0; d < p.D; ++d) out[d] = in[d];
           for (int64_t d = p.D; d < pixel; ++d) out[d] = 0;
@@ -151,7 +148,7 @@ INLINE void pack_head(const Problem<A> p, const Block at, A* out) {
 }
 
 // The reverse of pack_head for the gradient: borders and padding are dropped.
-template <class A>
+template <class V, class A>
 INLINE void unpack_grad(const Problem<A> p, const Block at, const A* in, A* grad_value) {
   const int64_t pixel = p.D_padded;
   for (int64_t l = at.first; l < at.last; ++l) {
@@ -161,7 +158,7 @@ INLINE void unpack_grad(const Problem<A> p, const Block at, const A* in, A* grad
     for (int64_t y = 0; y < H; ++y, in += 2 * pixel) {
       for (int64_t x = 0; x < W; ++x, in += pixel, out += p.M * p.D) {
         if (p.D == pixel) {
-          for (int64_t d = 0; d < pixel; d += kLanes<A>) store(out + d, load(in + d));
+          for (int64_t d = 0; d < pixel; d += V::kLanes) store<V>(out + d, load<V>(in + d));
         } else {
           for (int64_t d = 0; d < p.D; ++d) out[d] = in[d];
         }
@@ -240,7 +237,7 @@ INLINE void locate(const Problem<A> p, const Block at, const Workspace<A> w) {
 }
 
 // out[q] = sum over the points of corner weight * pixel, N vectors of channels at a time.
-template <class A, int N>
+template <class V, int N, class A>
 INLINE void gather(const Problem<A> p, const Block at, const Workspace<A> w, A* output) {
   const int64_t per_query = (at.last - at.first) * p.P;
   const int64_t pixel = p.D_padded;
@@ -248,20 +245,20 @@ INLINE void gather(const Problem<A> p, const Block at, const Workspace<A> w, A* 
     A* out = output + ((at.b * p.Q + q) * p.M + at.m) * p.D;
     A* sums = p.D == pixel ? out : w.query;
     const int64_t from = (q - at.begin) * per_query;
-    for (int64_t d = 0; d < pixel; d += N * kLanes<A>) {
-      Vector<A> left[N] = {}, right[N] = {};  // two chains of additions, for the pipeline
+    for (int64_t d = 0; d < pixel; d += N * V::kLanes) {
+      typename V::Vector left[N] = {}, right[N] = {};  // two chains of additions, for the pipeline
       for (int64_t i = from; i < from + per_query; ++i) {
         const A* above = w.head + w.offset[i] + d;
         const A* below = above + w.row[i];
         for (int k = 0; k < N; ++k) {
-          const int64_t c = k * kLanes<A>;
-          left[k] += load(above + c) * w.corner[0][i];
-          right[k] += load(above + pixel + c) * w.corner[1][i];
-          left[k] += load(below + c) * w.corner[2][i];
-          right[k] += load(below + pixel + c) * w.corner[3][i];
+          const int64_t c = k * V::kLanes;
+          left[k] += load<V>(above + c) * w.corner[0][i];
+          right[k] += load<V>(above + pixel + c) * w.corner[1][i];
+          left[k] += load<V>(below + c) * w.corner[2][i];
+          right[k] += load<V>(below + pixel + c) * w.corner[3][i];
         }
       }
-      for (int k = 0; k < N; ++k) store(sums + d + k * kLanes<A>, left[k] + right[k]);
+      for (int k = 0; k < N; ++k) store<V>(sums + d + k * V::kLanes, left[k] + right[k]);
     }
     if (sums != out) std::memcpy(out, sums, p.D * sizeof(A));
   }
@@ -269,13 +266,13 @@ INLINE void gather(const Problem<A> p, const Block at, const Workspace<A> w, A* 
 
 // Adds corner weight * grad_output to the four pixels of every point, and leaves in `dots` the
 // four products pixel . grad_output, from which the other gradients follow.
-template <class A, int N>
+template <class V, int N, class A>
 INLINE void scatter(const Problem<A> p, const Block at, const Workspace<A> w, const A* grad_output) {
   const int64_t per_query = (at.last - at.first) * p.P;
   const int64_t pixel = p.D_padded;
   for (int64_t q = at.begin; q < at.end; ++q) {
     const A* grad = grad_output + ((at.b * p.Q + q) * p.M + at.m) * p.D;
-    for (int64_t d = 0; d < p.D; d += kLanes<A>) {  // rows of one head are too far apart to be
+    for (int64_t d = 0; d < p.D; d += kLine / sizeof(A)) {  // rows of one head are too far apart to be
       __builtin_prefetch(grad + kAhead * p.M * p.D + d);  // fetched ahead by the processor itself
     }
     if (p.D != pixel) {
@@ -284,31 +281,32 @@ INLINE void scatter(const Problem<A> p, const Block at, const Workspace<A> w, co
       grad = w.query;
     }
     const int64_t from = (q - at.begin) * per_query;
-    for (int64_t d = 0; d < pixel; d += N * kLanes<A>) {
-      Vector<A> g[N];
-      for (int k = 0; k < N; ++k) g[k] = load(grad + d + k * kLanes<A>);
+    for (int64_t d = 0; d < pixel; d += N * V::kLanes) {
+      typename V::Vector g[N];
+      for (int k = 0; k < N; ++k) g[k] = load<V>(grad + d + k * V::kLanes);
       for (int64_t i = from; i < from + per_query; ++i) {
         const int64_t corners[4] = {0, pixel, w.row[i], w.row[i] + pixel};
         for (int c = 0; c < 4; ++c) {
           const int64_t at_corner = w.offset[i] + d + corners[c];
           const A weight = w.corner[c][i];
-          Vector<A> product = {};
+          typename V::Vector product = {};
           for (int k = 0; k < N; ++k) {
-            A* into = w.grad_head + at_corner + k * kLanes<A>;
-            product += load(w.head + at_corner + k * kLanes<A>) * g[k];
-            store(into, load(into) + g[k] * weight);
+            A* into = w.grad_head + at_corner + k * V::kLanes;
+            product += load<V>(w.head + at_corner + k * V::kLanes) * g[k];
+            store<V>(into, load<V>(into) + g[k] * weight);
           }
-          A* kept = w.products + (4 * (i - from) + c) * kLanes<A>;
-          store(kept, d == 0 ? product : load(kept) + product);
+          A* kept = w.products + (4 * (i - from) + c) * V::kLanes;
+          store<V>(kept, d == 0 ? product : load<V>(kept) + product);
         }
       }
     }
     // Lanes are summed in two steps, so that the second is over many products at once.
-    for (int64_t i = 0; i < 4 * per_query; ++i) {
-      const Four<A>* lanes = reinterpret_cast<const Four<A>*>(w.products + i * kLanes<A>);
-      Four<A> sum = lanes[0] + lanes[1];
-      if (kLanes<A> == 16) sum += lanes[2] + lanes[3];
-      *reinterpret_cast<Four<A>*>(w.products + 4 * i) = sum;
+    using Four = typename V::Four;
+    for (int64_t i = 0; V::kLanes > 4 && i < 4 * per_query; ++i) {
+      const Four* lanes = reinterpret_cast<const Four*>(w.products + i * V::kLanes);
+      Four sum = lanes[0] + lanes[1];
+      if (V::kLanes == 16) sum += lanes[2] + lanes[3];
+      *reinterpret_cast<Four*>(w.products + 4 * i) = sum;
     }
     A *dots = w.dots + 4 * from, *sums = w.products;
 #pragma omp simd
@@ -355,79 +353,116 @@ struct Grads {
 };
 
 // Forward of work items [begin, end) of the B * M * Q (image, head, query) triples.
-template <class A, int N>
+template <class V, int N, class A>
 INLINE void forward_items(const Problem<A>& p, A* output, int64_t begin, int64_t end,
                           int64_t block, Workspace<A>& w) {
   set_levels(p, 0, p.L, block * p.L * p.P, w);
   while (begin < end) {
     const int64_t head = begin / p.Q, last = std::min(end, (head + 1) * p.Q) - head * p.Q;
     Block at{head / p.M, head % p.M, 0, p.L, 0, 0};
-    pack_head(p, at, w.head);
+    pack_head<V>(p, at, w.head);
     for (int64_t q = begin % p.Q; q < last; q += block) {
       at.begin = q, at.end = std::min(q + block, last);
       locate<A, false>(p, at, w);
-      gather<A, N>(p, at, w, output);
+      gather<V, N>(p, at, w, output);
     }
     begin = head * p.Q + last;
   }
 }
 
 // Backward of work items [begin, end) of the B * M * parts (image, head, part of the levels).
-template <class A, int N>
+template <class V, int N, class A>
 INLINE void backward_items(const Problem<A>& p, const Grads<A>& g, int64_t begin, int64_t end,
                            int64_t parts, int64_t block, Workspace<A>& w) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t head = item / parts, part = item % parts;
     Block at{head / p.M, head % p.M, p.L * part / parts, p.L * (part + 1) / parts, 0, 0};
     set_levels(p, at.first, at.last, block * (at.last - at.first) * p.P, w);
-    pack_head(p, at, w.head);
+    pack_head<V>(p, at, w.head);
     std::memset(w.grad_head, 0, p.bordered_pixels(at.first, at.last) * p.D_padded * sizeof(A));
     for (int64_t q = 0; q < p.Q; q += block) {
       at.begin = q, at.end = std::min(q + block, p.Q);
       locate<A, true>(p, at, w);
-      scatter<A, N>(p, at, w, g.grad_output);
+      scatter<V, N>(p, at, w, g.grad_output);
       store_grads(p, at, w, g.grad_locations, g.grad_weights);
     }
-    unpack_grad(p, at, w.grad_head, g.grad_value);
+    unpack_grad<V>(p, at, w.grad_head, g.grad_value);
   }
 }
 
 // The same source for each instruction set; everything above is inlined into these.
-#define DEFINE_ITEMS(SUFFIX, TARGET)                                                               \
+#define DEFINE_ITEMS(SUFFIX, BYTES, TARGET)                                                        \
   template <class A, int N>                                                                        \
   TARGET void forward_##SUFFIX(const Problem<A>& p, A* output, int64_t begin, int64_t end,         \
                                int64_t block, Workspace<A>& w) {                                   \
-    forward_items<A, N>(p, output, begin, end, block, w);                                          \
+    forward_items<Simd<A, BYTES>, N>(p, output, begin, end, block, w);                             \
   }                                                                                                \
   template <class A, int N>                                                                        \
   TARGET void backward_##SUFFIX(const Problem<A>& p, const Grads<A>& g, int64_t begin,             \
                                 int64_t end, int64_t parts, int64_t block, Workspace<A>& w) {      \
-    backward_items<A, N>(p, g, begin, end, parts, block, w);                                       \
-  }
+    backward_items<Simd<A, BYTES>, N>(p, g, begin, end, parts, block, w);                          \
+  }                                                                                                \
+  template <class A, int N>                                                                        \
+  constexpr Kernel<A> kernel_##SUFFIX = {N * Simd<A, BYTES>::kLanes, forward_##SUFFIX<A, N>,       \
+                                         backward_##SUFFIX<A, N>};
 
-DEFINE_ITEMS(baseline, )
-#if defined(__x86_64__)
-DEFINE_ITEMS(avx2, __attribute__((target("avx2,fma"))))
-DEFINE_ITEMS(avx512, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))))
-#endif
-
-template <class A, int N>
-struct Kernels {
-  decltype(&forward_baseline<A, N>) forward = forward_baseline<A, N>;
-  decltype(&backward_baseline<A, N>) backward = backward_baseline<A, N>;
-  Kernels() {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-      forward = forward_avx512<A, N>, backward = backward_avx512<A, N>;
-    } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      forward = forward_avx2<A, N>, backward = backward_avx2<A, N>;
-    }
-#endif
-  }
+// `step`: the channels of one pass over the points; pixels are padded to a multiple of it.
+template <class A>
+struct Kernel {
+  int64_t step;
+  void (*forward)(const Problem<A>&, A*, int64_t, int64_t, int64_t, Workspace<A>&);
+  void (*backward)(const Problem<A>&, const Grads<A>&, int64_t, int64_t, int64_t, int64_t,
+                   Workspace<A>&);
 };
 
-enum Status { kOk = 0, kOutOfMemory = 1, kTooLarge = 2 };
+DEFINE_ITEMS(baseline, 16, )
+#if defined(__x86_64__)
+DEFINE_ITEMS(avx2, 32, __attribute__((target("avx2,fma"))))
+DEFINE_ITEMS(avx512, 64, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))))
+#endif
+
+enum Variant { kBaseline, kAvx2, kAvx512 };
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+
+bool is_supported(int variant) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (variant == kAvx2) return avx2;
+  if (variant == kAvx512) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return variant == kBaseline;
+}
+
+// The variant that MS_DEFORM_ATTN_CPU names, else the fastest; -1 if there is none of that name.
+int chosen_variant() {
+  const char* name = std::getenv("MS_DEFORM_ATTN_CPU");
+  for (int variant = kAvx512; variant >= kBaseline; --variant) {
+    const bool is_wanted = !name || !*name || !std::strcmp(name, kNames[variant]);
+    if (is_wanted && is_supported(variant)) return variant;
+  }
+  return -1;
+}
+
+// As many vectors at a time as the registers hold, and no more than D fills.
+template <class A>
+Kernel<A> choose_kernel(int variant, int64_t D) {
+#if defined(__x86_64__)
+  if (variant == kAvx512) {
+    return D > kernel_avx512<A, 1>.step ? kernel_avx512<A, 2> : kernel_avx512<A, 1>;
+  }
+  if (variant == kAvx2) {
+    if (D > kernel_avx2<A, 2>.step) return kernel_avx2<A, 4>;
+    return D > kernel_avx2<A, 1>.step ? kernel_avx2<A, 2> : kernel_avx2<A, 1>;
+  }
+#endif
+  if (D > kernel_baseline<A, 2>.step) return kernel_baseline<A, 4>;
+  return D > kernel_baseline<A, 1>.step ? kernel_baseline<A, 2> : kernel_baseline<A, 1>;
+}
+
+enum Status { kOk = 0, kOutOfMemory = 1, kTooLarge = 2, kUnknownVariant = 3 };
 
 // Calls work(begin, end, workspace) on up to `threads` threads, which share [0, items) equally.
 template <class A, class Work>
@@ -448,20 +483,18 @@ int parallel(int64_t items, int64_t threads, const Extent& extent, const Work& w
 
 int64_t queries_of(int64_t per_query) { return std::max<int64_t>(1, kBlockPoints / per_query); }
 
-template <class A, int N>
-int forward(const Problem<A>& p, A* output, int64_t threads) {
-  static const Kernels<A, N> kernels;
+template <class A>
+int forward(const Problem<A>& p, const Kernel<A>& kernel, A* output, int64_t threads) {
   const Extent extent{p.bordered_pixels(0, p.L) * p.D_padded, p.L * p.P, queries_of(p.L * p.P),
                       p.D_padded, false};
   return parallel<A>(p.B * p.M * p.Q, threads, extent,
                      [&](int64_t begin, int64_t end, Workspace<A>& w) {
-                       kernels.forward(p, output, begin, end, extent.block, w);
+                       kernel.forward(p, output, begin, end, extent.block, w);
                      });
 }
 
-template <class A, int N>
-int backward(const Problem<A>& p, const Grads<A>& g, int64_t threads) {
-  static const Kernels<A, N> kernels;
+template <class A>
+int backward(const Problem<A>& p, const Kernel<A>& kernel, const Grads<A>& g, int64_t threads) {
   const int64_t parts = p.B * p.M < threads ? p.L : 1;
   const int64_t per_query = (parts == 1 ? p.L : 1) * p.P;
   int64_t pixels = 0;
@@ -471,37 +504,23 @@ int backward(const Problem<A>& p, const Grads<A>& g, int64_t threads) {
   const Extent extent{pixels * p.D_padded, per_query, queries_of(per_query), p.D_padded, true};
   return parallel<A>(p.B * p.M * parts, threads, extent,
                      [&](int64_t begin, int64_t end, Workspace<A>& w) {
-                       kernels.backward(p, g, begin, end, parts, extent.block, w);
+                       kernel.backward(p, g, begin, end, parts, extent.block, w);
                      });
 }
 
-// Chunks of two vectors where D fills more than one.
-template <class A>
-int64_t chunk(int64_t D) {
-  return (D > kLanes<A> ? 2 : 1) * kLanes<A>;
-}
-
-template <class A>
-Problem<A> problem(const void* value, const int64_t* shapes, const int64_t* starts,
-                   const void* locations, const void* weights, int64_t B, int64_t S, int64_t M,
-                   int64_t D, int64_t Q, int64_t L, int64_t P) {
-  const int64_t step = chunk<A>(D);
-  return {static_cast<const A*>(value), shapes, starts, static_cast<const A*>(locations),
-          static_cast<const A*>(weights), B, S, M, D, Q, L, P, (D + step - 1) / step * step};
-}
-
-template <class A>
-int forward_of(const Problem<A>& p, void* output, int64_t threads) {
-  A* out = static_cast<A*>(output);
-  return p.D > kLanes<A> ? forward<A, 2>(p, out, threads) : forward<A, 1>(p, out, threads);
-}
-
-template <class A>
-int backward_of(const Problem<A>& p, const void* grad_output, void* grad_value,
-                void* grad_locations, void* grad_weights, int64_t threads) {
-  const Grads<A> g{static_cast<const A*>(grad_output), static_cast<A*>(grad_value),
-                   static_cast<A*>(grad_locations), static_cast<A*>(grad_weights)};
-  return p.D > kLanes<A> ? backward<A, 2>(p, g, threads) : backward<A, 1>(p, g, threads);
+// Calls function(problem, kernel) for the chosen variant.
+template <class A, class Function>
+int with_kernel(const void* value, const int64_t* shapes, const int64_t* starts,
+                const void* locations, const void* weights, int64_t B, int64_t S, int64_t M,
+                int64_t D, int64_t Q, int64_t L, int64_t P, const Function& function) {
+  const int variant = chosen_variant();
+  if (variant < 0) return kUnknownVariant;
+  const Kernel<A> kernel = choose_kernel<A>(variant, D);
+  const int64_t padded = (D + kernel.step - 1) / kernel.step * kernel.step;
+  const Problem<A> problem{static_cast<const A*>(value), shapes, starts,
+                           static_cast<const A*>(locations), static_cast<const A*>(weights), B, S,
+                           M, D, Q, L, P, padded};
+  return function(problem, kernel);
 }
 
 }  // namespace
@@ -509,7 +528,15 @@ int backward_of(const Problem<A>& p, const void* grad_output, void* grad_value,
 // The interface that native.py calls. Tensors are contiguous, of double or float; no size is 0;
 // every level lies inside the S rows of value, and none inside another. Returns a Status.
 
-API int ms_deform_attn_cpu_abi() { return 1; }
+API int ms_deform_attn_cpu_abi() { return 2; }
+
+// Whether this processor runs the variant of that name.
+API int ms_deform_attn_cpu_supports(const char* name) {
+  for (int variant = kBaseline; variant <= kAvx512; ++variant) {
+    if (!std::strcmp(name, kNames[variant])) return is_supported(variant);
+  }
+  return 0;
+}
 
 API int ms_deform_attn_cpu_forward(int is_double, int64_t threads, const void* value,
                                    const int64_t* spatial_shapes, const int64_t* level_start_index,
@@ -517,9 +544,11 @@ API int ms_deform_attn_cpu_forward(int is_double, int64_t threads, const void* v
                                    int64_t B, int64_t S, int64_t M, int64_t D, int64_t Q, int64_t L,
                                    int64_t P) {
   auto run = [&](auto zero) {
-    return forward_of(problem<decltype(zero)>(value, spatial_shapes, level_start_index, locations,
-                                              weights, B, S, M, D, Q, L, P),
-                      output, threads);
+    using A = decltype(zero);
+    return with_kernel<A>(value, spatial_shapes, level_start_index, locations, weights, B, S, M, D,
+                          Q, L, P, [&](const Problem<A>& p, const Kernel<A>& kernel) {
+                            return forward(p, kernel, static_cast<A*>(output), threads);
+                          });
   };
   return is_double ? run(0.0) : run(0.0f);
 }
@@ -532,9 +561,13 @@ API int ms_deform_attn_cpu_backward(int is_double, int64_t threads, const void* 
                                     void* grad_weights, int64_t B, int64_t S, int64_t M, int64_t D,
                                     int64_t Q, int64_t L, int64_t P) {
   auto run = [&](auto zero) {
-    return backward_of(problem<decltype(zero)>(value, spatial_shapes, level_start_index, locations,
-                                               weights, B, S, M, D, Q, L, P),
-                       grad_output, grad_value, grad_locations, grad_weights, threads);
+    using A = decltype(zero);
+    const Grads<A> g{static_cast<const A*>(grad_output), static_cast<A*>(grad_value),
+                     static_cast<A*>(grad_locations), static_cast<A*>(grad_weights)};
+    return with_kernel<A>(value, spatial_shapes, level_start_index, locations, weights, B, S, M, D,
+                          Q, L, P, [&](const Problem<A>& p, const Kernel<A>& kernel) {
+                            return backward(p, kernel, g, threads);
+                          });
   };
   return is_double ? run(0.0) : run(0.0f);
 }
