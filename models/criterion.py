@@ -87,7 +87,7 @@ class SetCriterion(nn.Module):
         if num_boxes is None:
             num_boxes = max(sum(len(t["labels"]) for t in targets), 1)
         layers = self.assign([*outputs["aux_outputs"], outputs], targets)
-        losses = self.losses(layers, "decoder", num_boxes) | reading_figures(layers, targets)
+        losses = self.losses(layers, "decoder", num_boxes) | reading_figures(layers)
         if "interm_outputs" in outputs:  # the selected tokens are trained as one more layer
             tokens = self.assign([outputs["interm_outputs"]], targets)
             losses |= self.losses(tokens, "tokens", num_boxes, "_interm")
@@ -125,13 +125,13 @@ class SetCriterion(nn.Module):
 
 
 @torch.no_grad()
-def reading_figures(assignment: Assignment, targets: Targets) -> dict[str, Tensor]:
+def reading_figures(matching: Matching) -> dict[str, Tensor]:
     """`class_error` and `cardinality_error`; see `SetCriterion`."""
-    logits, labels = assignment.pred_logits[-1], assignment.labels
-    image, query = assignment.to_label
+    logits, labels = matching.pred_logits[-1], matching.labels
+    image, query = matching.to_label
     hit = logits[image, query[-1]].argmax(-1) == labels
     confident = (logits.sigmoid().amax(-1) > 0.5).sum(1)
-    excess = confident - torch.tensor([len(t["labels"]) for t in targets]).to(confident)
+    excess = confident - torch.tensor([len(t["labels"]) for t in matching.targets]).to(confident)
     return {
         "class_error": 100 - 100 * hit.float().sum() / max(len(labels), 1),
         "cardinality_error": excess.abs().float().mean(),
@@ -161,7 +161,7 @@ def loss_weights(
         weights |= {f"{name}_{i}": w if options.aux_loss else 0.0 for name, w in layers.items()}
     if token_suffix:
         for name, w in of_part("tokens").items():
-            is_dropped = options.no_interm_box_loss and name != "loss_ce"
+            is_dropped = options.no_interm_box_loss and name in ("loss_bbox", "loss_giou")
             coefficient = 0.0 if is_dropped else w * options.interm_loss_coef
             weights[f"{name}{token_suffix}"] = coefficient
     return weights

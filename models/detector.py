@@ -92,14 +92,17 @@ class Detector(nn.Module):
 
     def make_denoising(self, options: DetectorOptions) -> Callable:
         """`prepare_for_dn`, or the contrastive `prepare_for_cdn`, with the noise of the options."""
-        noise: dict[str, Any] = {
-            "label_noise_ratio": options.dn_label_noise_ratio,
-            "box_noise_scale": options.dn_box_noise_scale,
-        }
+        noise, number = self.noise(options), options.dn_number
         if not options.contrastive:
-            return partial(prepare_for_dn, num_groups=options.dn_number, **noise)
-        noise["num_classes"] = options.num_labels  # label_enc may have more rows
-        return partial(prepare_for_cdn, num_denoising=options.dn_number, **noise)
+            return partial(prepare_for_dn, num_groups=number, **noise)
+        labels = options.num_labels  # label_enc may have more rows
+        return partial(prepare_for_cdn, num_denoising=number, num_classes=labels, **noise)
+
+    @staticmethod
+    def noise(options: DetectorOptions) -> dict[str, Any]:
+        """The noise of the options, as `prepare_for_dn` and its companions take it."""
+        ratio, scale = options.dn_label_noise_ratio, options.dn_box_noise_scale
+        return {"label_noise_ratio": ratio, "box_noise_scale": scale}
 
     def encode(self, images: NestedTensor) -> Encoded:
         raise NotImplementedError

@@ -82,9 +82,5 @@ class DINOOfDNDETR(DNDeformableDETR):
     def make_denoising(self, options: DetectorOptions) -> Callable:
         if not options.contrastive:
             return super().make_denoising(options)
-        return partial(
-            prepare_for_cdn_of_dn_detr,
-            num_denoising=options.dn_number,
-            label_noise_ratio=options.dn_label_noise_ratio,
-            box_noise_scale=options.dn_box_noise_scale,
-        )
+        number, noise = options.dn_number, self.noise(options)
+        return partial(prepare_for_cdn_of_dn_detr, num_denoising=number, **noise)

@@ -192,8 +192,8 @@ def load_backbone(backbone: Backbone, name: str, path: str = "", directory: str 
 
     `name` is the backbone's in the registry; for a Swin or a ConvNeXt the file that its authors
     published is searched for in `directory`. Other tensors in the file, such as the classifier, are
-    ignored. UserError if there is no file, if the download fails, and if a
-    tensor of the backbone is not in the file or has another shape.
+    ignored. UserError if there is no file, if the download fails, and if a tensor of the backbone
+    is not in the file or has another shape.
     """
     released_file = find_backbone(name).weights_file
     body: Any = getattr(backbone, "body", backbone)
