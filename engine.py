@@ -52,24 +52,24 @@ def autocast(device: torch.device, cfg: Config) -> torch.autocast:
     return torch.autocast(device.type, AMP_DTYPES[cfg.amp_dtype], enabled=cfg.amp)
 
 
-def weigh(
-    losses: dict[str, Tensor], weights: dict[str, float], average: bool = False
-) -> tuple[Tensor, dict[str, float]]:
-    """The weighted sum of the losses; and as numbers, under the released keys, that sum as `loss`,
-    the weighted terms, and the raw terms as `_unscaled`, all in one transfer from the device. With
-    `average` the numbers are means over all processes, which have to call this together."""
+def weigh(losses: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the losses; and that sum and the losses as one vector, for `figures`."""
     total = sum(losses[name] * weight for name, weight in weights.items())
-    values = torch.stack([total, *losses.values()]).detach()
-    if average:
-        values = sum_over_processes(values) / world_size()
-    loss, *values = values.tolist()
-    stats = {"loss": loss}
-    for name, value in zip(losses, values, strict=True):
+    return total, torch.stack([total, *losses.values()]).detach()
+
+
+def figures(
+    values: Sequence[float], names: Iterable[str], weights: dict[str, float]
+) -> dict[str, float]:
+    """`weigh`'s vector under the released keys: the sum as `loss`, the weighted terms, and the raw
+    terms as `_unscaled`."""
+    stats = {"loss": values[0]}
+    for name, value in zip(names, values[1:], strict=True):
         if name in weights:
             stats |= {name: value * weights[name], f"{name}_unscaled": value}
         elif not name.startswith("loss"):
             stats[name] = value
-    return total, stats
+    return stats
 
 
 def forward_and_backward(
@@ -78,9 +78,10 @@ def forward_and_backward(
     criterion: SetCriterion,
     batches: Sequence[Batch],
     num_boxes: float,
-) -> dict[str, float]:
-    """Gradients of the mean loss of the batches; returns the means of everything measured."""
-    averages, weights = Averages(), criterion.weight_dict
+) -> tuple[list[str], Tensor]:
+    """Gradients of the mean loss of the batches; returns the names of the losses and the means over
+    batches and processes of `weigh`'s vector."""
+    measured = []
     for i, batch in enumerate(batches, 1):
         images, targets = to_device(batch, state.device)
         # Processes exchange gradients once a step, with the last batch.
@@ -88,14 +89,19 @@ def forward_and_backward(
         with parallel.no_sync() if skip_sync else nullcontext():
             with autocast(state.device, state.cfg):
                 losses = criterion(parallel(images, targets), targets, num_boxes)
-                loss, stats = weigh(losses, weights, average=True)
-            if not math.isfinite(stats["loss"]):
-                bad = [k for k in weights if not math.isfinite(stats[k])] or ["loss"]
-                more = f" ({len(bad)} losses are not finite)" if len(bad) > 1 else ""
-                raise NonFiniteLoss(f"{bad[0]} is {stats[bad[0]]}{more}")
+                loss, values = weigh(losses, criterion.weight_dict)
+            measured.append(values)
             state.scaler.scale(loss / len(batches)).backward()
-        averages.update(stats, len(targets))
-    return averages.means()
+    return list(losses), sum_over_processes(torch.stack(measured).mean(0)) / world_size()
+
+
+def check_finite(stats: dict[str, float], losses: Iterable[str]) -> None:
+    """NonFiniteLoss if the sum of the losses is not finite."""
+    if math.isfinite(stats["loss"]):
+        return
+    bad = [k for k in losses if not math.isfinite(stats[k])] or ["loss"]
+    more = f" ({len(bad)} losses are not finite)" if len(bad) > 1 else ""
+    raise NonFiniteLoss(f"{bad[0]} is {stats[bad[0]]}{more}")
 
 
 def train_steps(
@@ -127,14 +133,19 @@ def train_steps(
         num_boxes, *requested = sum_over_processes(shared).tolist()
         num_boxes = max(num_boxes / world_size() / cfg.accumulate, 1.0)
         state.optimizer.zero_grad()
-        stats = forward_and_backward(state, parallel, criterion, batches, num_boxes)
+        names, values = forward_and_backward(state, parallel, criterion, batches, num_boxes)
+        norm = values.new_zeros(())
         if cfg.clip_max_norm > 0:
             scaler.unscale_(state.optimizer)
-            norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.clip_max_norm).item()
-            if math.isfinite(norm):
-                stats["grad_norm"] = norm
-            elif not scaler.is_enabled():  # which would skip this step
-                raise NonFiniteLoss(f"the norm of the gradients is {norm}")
+            norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.clip_max_norm)
+        # The only time in a step, after the matching, that a GPU is waited for.
+        norm, *values = torch.cat([norm.view(1), values]).tolist()
+        stats = figures(values, names, criterion.weight_dict)
+        check_finite(stats, criterion.weight_dict)
+        if math.isfinite(norm):
+            stats |= {"grad_norm": norm} if cfg.clip_max_norm > 0 else {}
+        elif not scaler.is_enabled():  # which would skip this step
+            raise NonFiniteLoss(f"the norm of the gradients is {norm}")
         scale = scaler.get_scale()
         scaler.step(state.optimizer)
         scaler.update()
@@ -170,8 +181,9 @@ def evaluate(
         with autocast(device, cfg):
             outputs = model(images)
         if criterion:
-            _, stats = weigh(criterion(outputs, targets), weights)
-            averages.update(stats, len(targets))
+            losses = criterion(outputs, targets)
+            _, values = weigh(losses, weights)
+            averages.update(figures(values.tolist(), losses, weights), len(targets))
         if matching:
             matching.update(outputs, targets)
         sizes = torch.stack([t["orig_size"] for t in targets]).to(device)

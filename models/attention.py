@@ -24,6 +24,14 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+def additive_mask(blocked: Tensor | None, like: Tensor) -> Tensor | None:
+    """A mask, bool, True where a query must not see a key, as `scaled_dot_product_attention` adds
+    it: made once for all layers, which would each keep a converted copy for the backward pass."""
+    if blocked is None:
+        return None
+    return torch.zeros_like(blocked, dtype=like.dtype).masked_fill_(blocked, -torch.inf)
+
+
 class Attention(nn.Module):
     """Attention over already projected queries, keys and values, and the output projection."""
 
@@ -38,16 +46,16 @@ class Attention(nn.Module):
         """(B, N, heads * d) -> (B, heads, N, d)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """query (B, Q, E), key (B, K, E), value (B, K, D) -> (B, Q, D).
 
-        `blocked`: bool, broadcasts to (B, heads, Q, K); True where a query must not see a key.
+        `mask`: from `additive_mask`, broadcasts to (B, heads, Q, K).
         """
         out = F.scaled_dot_product_attention(
             self.split_heads(query),
             self.split_heads(key),
             self.split_heads(value),
-            attn_mask=None if blocked is None else ~blocked,  # True = visible, in this function
+            attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -63,7 +71,7 @@ class MultiheadAttention(Attention):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """As `Attention.forward`, all inputs (B, N, D). If query and key are the same tensor, they
         are projected in one product."""
         dim = value.shape[-1]
@@ -74,7 +82,7 @@ class MultiheadAttention(Attention):
             query = F.linear(query, weight[:dim], bias[:dim])
             key = F.linear(key, weight[dim : 2 * dim], bias[dim : 2 * dim])
         value = F.linear(value, weight[2 * dim :], bias[2 * dim :])
-        return super().forward(query, key, value, blocked)
+        return super().forward(query, key, value, mask)
 
 
 class FeedForward(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .detector import LayerOutputs, Outputs
 from .dn_components import Assignment, by_layer, focal_loss, giou_loss, l1_loss
-from .matcher import HungarianMatcher
+from .matcher import HungarianMatcher, image_of_targets
 from .options import LossOptions
 
 Targets = Sequence[dict[str, Tensor]]
@@ -86,15 +86,17 @@ class SetCriterion(nn.Module):
         """
         if num_boxes is None:
             num_boxes = max(sum(len(t["labels"]) for t in targets), 1)
-        layers = self.assign([*outputs["aux_outputs"], outputs], targets)
-        losses = self.losses(layers, "decoder", num_boxes) | reading_figures(layers)
+        parts = [("decoder", "", [*outputs["aux_outputs"], outputs], targets)]
         if "interm_outputs" in outputs:  # the selected tokens are trained as one more layer
-            tokens = self.assign([outputs["interm_outputs"]], targets)
-            losses |= self.losses(tokens, "tokens", num_boxes, "_interm")
+            parts.append(("tokens", "_interm", [outputs["interm_outputs"]], targets))
         if "enc_outputs" in outputs:  # all tokens learn to tell objects, class 0, from background
             objects = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
-            tokens = self.assign([outputs["enc_outputs"]], objects)
-            losses |= self.losses(tokens, "tokens", num_boxes, "_enc")
+            parts.append(("tokens", "_enc", [outputs["enc_outputs"]], objects))
+        losses: dict[str, Tensor] = {}
+        matchings = self.assign([part[2:] for part in parts])
+        for (part, suffix, *_), matching in zip(parts, matchings, strict=True):
+            losses |= self.losses(matching, part, num_boxes, suffix)
+        losses |= reading_figures(matchings[0])
         if dn := outputs.get("dn"):
             sizes = {"dn_groups": dn.num_groups, "dn_queries": dn.num_queries}
             losses |= {k: torch.full_like(losses["loss_ce"], n) for k, n in sizes.items()}
@@ -102,19 +104,20 @@ class SetCriterion(nn.Module):
             losses |= self.losses(dn, "denoising", dn.divisor(dn_boxes), "_dn")
         return losses
 
-    def assign(self, layers: Sequence[LayerOutputs], targets: Targets) -> Matching:
-        """The least-cost assignment of each layer's queries to the targets."""
-        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-        boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()
-        query = self.matcher(logits, boxes, targets)  # (L, N)
-        counts = torch.tensor([len(t["labels"]) for t in targets])
-        image = torch.arange(len(targets)).repeat_interleave(counts).to(query.device)
-        where = image, query.clamp(min=0)
-        labels, target_boxes = (torch.cat([t[k] for t in targets]) for k in ("labels", "boxes"))
-        found = (query >= 0).float()
-        matching = Matching(where, labels, where, target_boxes, None, found, layers, targets)
-        matching.pred_logits, matching.pred_boxes = logits, boxes
-        return matching
+    def assign(self, parts: Sequence[tuple[Sequence[LayerOutputs], Targets]]) -> list[Matching]:
+        """For each list of layers and its targets, the least-cost assignment of each layer's
+        queries to the targets; all are found together."""
+        problems = [(layers, *stack_layers(layers), targets) for layers, targets in parts]
+        queries = self.matcher.match([problem[1:] for problem in problems])
+        matchings = []
+        for (layers, *predictions, targets), query in zip(problems, queries, strict=True):
+            where = image_of_targets(targets), query.clamp(min=0)
+            labels, boxes = (torch.cat([t[k] for t in targets]) for k in ("labels", "boxes"))
+            found = (query >= 0).float()
+            matching = Matching(where, labels, where, boxes, None, found, layers, targets)
+            matching.pred_logits, matching.pred_boxes = predictions
+            matchings.append(matching)
+        return matchings
 
     def losses(
         self, assignment: Assignment, part: str, num_boxes: float, suffix: str = ""
@@ -124,6 +127,12 @@ class SetCriterion(nn.Module):
         return by_layer({t.name + suffix: t.compute(assignment) / num_boxes for t in terms})
 
 
+def stack_layers(layers: Sequence[LayerOutputs]) -> tuple[Tensor, Tensor]:
+    """Logits (L, B, Q, C) and boxes (L, B, Q, 4) of L layers, float32."""
+    logits = torch.stack([layer["pred_logits"] for layer in layers])
+    return logits.float(), torch.stack([layer["pred_boxes"] for layer in layers]).float()
+
+
 @torch.no_grad()
 def reading_figures(matching: Matching) -> dict[str, Tensor]:
     """`class_error` and `cardinality_error`; see `SetCriterion`."""
@@ -131,7 +140,8 @@ def reading_figures(matching: Matching) -> dict[str, Tensor]:
     image, query = matching.to_label
     hit = logits[image, query[-1]].argmax(-1) == labels
     confident = (logits.sigmoid().amax(-1) > 0.5).sum(1)
-    excess = confident - torch.tensor([len(t["labels"]) for t in matching.targets]).to(confident)
+    counts = torch.tensor([len(t["labels"]) for t in matching.targets])
+    excess = confident - counts.to(confident.device, non_blocking=True)
     return {
         "class_error": 100 - 100 * hit.float().sum() / max(len(labels), 1),
         "cardinality_error": excess.abs().float().mean(),

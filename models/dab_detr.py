@@ -72,7 +72,7 @@ class DABDETR(Detector):
         self, content: Tensor, anchors: Tensor, blocked: Tensor | None, encoded: Encoded
     ) -> Decoded:
         tokens = encoded.tokens
-        memory = encoded.memory, tokens.pos, tokens.mask[:, None, None]
+        memory = encoded.memory, tokens.pos, tokens.mask
         return self.transformer.decoder(content, anchors, blocked, *memory)
 
     def classify(self, states: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -95,14 +96,15 @@ class DeformableEncoderDNDETR(DNDETR):
     ) -> Decoded:
         tokens = encoded.tokens
         areas = [height * width for height, width in tokens.sizes]
-        mask = tokens.mask[:, None, None].split(areas, -1)
-        levels = encoded.memory.split(areas, 1), tokens.pos.split(areas, 1), mask
-        return self.transformer.decoder(content, anchors, blocked, *levels)
+        memory = encoded.memory, tokens.pos, tokens.mask
+        return self.transformer.decoder(content, anchors, blocked, *memory, areas)
 
 
 class DABDeformableDETR(Detector):
     """A pair of heads for every decoder layer; queries that are learned, or selected among the
     encoder's tokens."""
+
+    trains_all_tokens: ClassVar[bool] = True  # or only the selected ones
 
     @classmethod
     def check(cls, options: DetectorOptions) -> None:
@@ -174,8 +176,9 @@ class DABDeformableDETR(Detector):
 
     def select(self, memory: Tensor, tokens: LevelTokens) -> Selection:
         project = lambda x: self.transformer.enc_output_norm(self.transformer.enc_output(x))
+        score, train_all = self.token_score, self.trains_all_tokens
         heads = self.token_heads()
-        return select_queries(memory, tokens, project, *heads, self.num_queries, self.token_score)
+        return select_queries(memory, tokens, project, *heads, self.num_queries, score, train_all)
 
     def token_heads(self) -> tuple[nn.Module, nn.Module]:
         """The class head and the box head of the encoder's tokens."""

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attention import MLP, FeedForward, MultiheadAttention, init_transformer
+from .attention import MLP, FeedForward, MultiheadAttention, additive_mask, init_transformer
 from .deformable_attention import MSDeformAttn
 from .dn_components import inverse_sigmoid
 from .options import ModelOptions
 from .position_encoding import anchor_embedding
+from .recompute import run
 from .transformer import Decoded
 
 
@@ -48,7 +49,8 @@ class LevelTokens:
         shapes = torch.tensor(sizes)
         areas = shapes.prod(1)
         starts = areas.cumsum(0) - areas
-        shapes, starts = shapes.to(level_embed.device), starts.to(level_embed.device)
+        device = level_embed.device
+        shapes, starts = (x.to(device, non_blocking=True) for x in (shapes, starts))
         content = torch.cat([f.flatten(2).transpose(1, 2) for f in features], dim=1)
         located = [p.flatten(1, 2) + e for p, e in zip(positions, level_embed, strict=True)]
         pos = torch.cat(located, dim=1).to(content.dtype)
@@ -104,13 +106,14 @@ class DeformableEncoder(nn.Module):
         self.layers = nn.ModuleList(
             DeformableEncoderLayer(options) for _ in range(options.enc_layers)
         )
+        self.recompute = options.use_checkpoint
 
     def forward(self, tokens: LevelTokens) -> Tensor:
         """-> memory (B, S, D)."""
         reference_points = tokens.locations()[:, :, None] * tokens.valid_ratios[:, None]
         x = tokens.content
         for layer in self.layers:
-            x = layer(x, reference_points, tokens)
+            x = run(layer, self.recompute, x, reference_points, tokens)
         return x
 
 
@@ -133,12 +136,12 @@ class DeformableDecoderLayer(FeedForward):
         x: Tensor,
         query_pos: Tensor,
         boxes: Tensor,
-        self_blocked: Tensor | None,
+        self_mask: Tensor | None,
         memory: Tensor,
         tokens: LevelTokens,
     ) -> Tensor:
         located = x + query_pos
-        attended = self.self_attn(located, located, x, self_blocked)
+        attended = self.self_attn(located, located, x, self_mask)
         x = self.norm2(x + self.dropout(attended))
         attended = self.cross_attn(x + query_pos, boxes, memory, *tokens.levels)
         x = self.norm1(x + self.dropout(attended))
@@ -168,6 +171,7 @@ class DeformableDecoder(nn.Module):
             self.query_scale = MLP(dim, dim, dim, 2).requires_grad_(options.dec_layers > 1)
         self.ref_point_head = MLP(2 * dim, dim, dim, 2)
         self.look_forward_twice = options.look_forward_twice
+        self.recompute = options.use_checkpoint
 
     def forward(
         self,
@@ -179,6 +183,7 @@ class DeformableDecoder(nn.Module):
     ) -> Decoded:
         """content (B, Q, D), anchors (B, Q, 4) before the sigmoid, self_blocked (N, N), True where
         self-attention is blocked, memory (B, S, D) -> the layers' outputs."""
+        self_mask = additive_mask(self_blocked, content)
         ratios = tokens.valid_ratios.repeat(1, 1, 2)[:, None]  # (B, 1, L, 4)
         x = content
         anchors = previous = anchors.sigmoid()
@@ -188,7 +193,7 @@ class DeformableDecoder(nn.Module):
             query_pos = self.ref_point_head(anchor_embedding(scaled[:, :, 0], x.shape[-1] // 2))
             if self.query_scale is not None and i > 0:
                 query_pos = query_pos * self.query_scale(x)
-            x = layer(x, query_pos, scaled, self_blocked, memory, tokens)
+            x = run(layer, self.recompute, x, query_pos, scaled, self_mask, memory, tokens)
             offset = predicted_offset = head(x)
             state = x
             if self.norm is not None:  # the next anchors come from x, the prediction from the norm

@@ -28,6 +28,7 @@ class DINO(DABDeformableDETR):
     implied = {"contrastive": True, "look_forward_twice": True, "dn_num_boxes": "mean"}
     has_denoising = True
     token_losses = "_interm"
+    trains_all_tokens = False
 
     def make_denoising(self, options: DetectorOptions) -> Callable:
         """As released, with twice the given number."""
@@ -69,8 +70,8 @@ class DINO(DABDeformableDETR):
     def token_outputs(self, selected: Selection) -> dict[str, LayerOutputs]:
         """Only the selected tokens are trained, like the queries of a decoder layer."""
         outputs: LayerOutputs = {
-            "pred_logits": selected.of_selected(selected.logits),
-            "pred_boxes": selected.anchors.sigmoid(),
+            "pred_logits": selected.logits,
+            "pred_boxes": selected.boxes.sigmoid(),
         }
         return {"interm_outputs": outputs}
 

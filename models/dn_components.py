@@ -23,7 +23,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, sigmoid_focal_loss
+from torchvision.ops import box_convert
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
@@ -233,12 +233,13 @@ def prepare_for_cdn_of_dn_detr(
     ]
     group_size, device = 2 * max(counts), anchors.device
     labels, boxes, where = _repeat(doubled, num_groups, group_size, anchors)
-    is_object = torch.cat([torch.arange(2 * n) < n for n in counts]).repeat(num_groups).to(device)
-    is_near = (torch.arange(2 * sum(counts)) < sum(counts)).repeat(num_groups).to(device)
+    is_object = torch.cat([torch.arange(2 * n) < n for n in counts]).repeat(num_groups)
+    is_near = (torch.arange(2 * sum(counts)) < sum(counts)).repeat(num_groups)
     (image, query), supervised = where, _true_at(where, len(anchors), num_groups * group_size)
-    to_label = (image[is_object], query[is_object]), labels[is_object]
-    to_box = (image[is_near], query[is_near]), boxes[is_near]
-    dn = Denoising(*to_label, *to_box, supervised, num_groups=num_groups)
+    at = [flags.nonzero()[:, 0].to(device, non_blocking=True) for flags in (is_object, is_near)]
+    to_label, to_box = ((image[i], query[i]) for i in at)
+    dn = Denoising(to_label, labels[at[0]], to_box, boxes[at[1]], supervised, num_groups=num_groups)
+    is_object, is_near = (flags.to(device, non_blocking=True) for flags in (is_object, is_near))
     background_label = label_enc.num_embeddings - 1
     noisy_labels = add_label_noise(labels, background_label, label_noise_ratio)
     noisy_labels = noisy_labels.masked_fill(~(is_object & is_near), background_label)
@@ -266,7 +267,8 @@ def _repeat(
     image = torch.arange(len(targets)).repeat_interleave(torch.tensor(counts)).repeat(num_groups)
     place = torch.cat([torch.arange(n) for n in counts])
     query = (place + group_size * torch.arange(num_groups)[:, None]).flatten()
-    return labels, boxes, (image.to(anchors.device), query.to(anchors.device))
+    image, query = (x.to(anchors.device, non_blocking=True) for x in (image, query))
+    return labels, boxes, (image, query)
 
 
 def _true_at(where: tuple[Tensor, Tensor], *size: int) -> Tensor:
@@ -329,14 +331,19 @@ def compute_dn_loss(
 def focal_loss(assignment: Assignment, alpha: float = 0.25) -> Tensor:
     """Sigmoid focal loss (Lin et al. 2017), (L,), summed over queries and classes."""
     logits = assignment.pred_logits.float()
-    onehot = torch.zeros_like(logits)
-    index = layers_of(logits), *assignment.to_label, assignment.labels
-    found = logits.new_ones(()) if assignment.found is None else assignment.found
-    onehot.index_put_(index, found, accumulate=True)
-    losses = sigmoid_focal_loss(logits, onehot, alpha)
+    background = focal_term(logits, 1 - alpha)
     if assignment.supervised is not None:
-        losses = losses * assignment.supervised[..., None]
-    return losses.sum((1, 2, 3))
+        background = background * assignment.supervised[..., None]
+    # All classes of a query are background, except for its label.
+    index = layers_of(logits), *assignment.to_label, assignment.labels
+    labelled = logits[index]
+    excess = focal_term(-labelled, alpha) - focal_term(labelled, 1 - alpha)
+    return background.sum((1, 2, 3)) + _sum_found(excess, assignment)
+
+
+def focal_term(logits: Tensor, weight: float) -> Tensor:
+    """The sigmoid focal loss of logits whose classes are background; of others, that of -logits."""
+    return weight * logits.sigmoid() ** 2 * F.softplus(logits)
 
 
 def l1_loss(assignment: Assignment) -> Tensor:

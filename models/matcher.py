@@ -3,28 +3,27 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
-from .dn_components import generalized_box_iou
+from .dn_components import focal_term, generalized_box_iou
+
+Problem = tuple[Tensor, Tensor, Sequence[dict[str, Tensor]]]
 
 
 class HungarianMatcher:
-    """Matches every decoder layer's predictions to the targets, all layers in one go.
+    """Matches predictions to the targets of their image.
 
     The cost is the weighted sum of the focal term (positive minus negative), the L1 distance and
-    the negated GIoU. Only pairs within an image are computed, on the predictions' device, and
-    copied to the CPU once. Non-finite predictions are the last to be matched.
+    the negated GIoU. Only pairs within an image are computed, on the predictions' device.
+    Non-finite predictions are the last to be matched.
     """
 
     def __init__(self, cost_class: float, cost_bbox: float, cost_giou: float, focal_alpha: float):
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
         self.focal_alpha = focal_alpha
 
-    @torch.no_grad()
     def __call__(
         self, logits: Tensor, boxes: Tensor, targets: Sequence[dict[str, Tensor]]
     ) -> Tensor:
@@ -33,33 +32,50 @@ class HungarianMatcher:
         N counts the targets of all images in their order; an entry is the query that a target is
         matched to, or -1 for targets without a query, in an image with more targets than queries.
         """
-        counts = [len(t["labels"]) for t in targets]
-        matched = torch.full((len(logits), sum(counts)), -1)
-        if sum(counts) == 0:
-            return matched.to(logits.device)
-        labels = pad_sequence([t["labels"] for t in targets], batch_first=True)
-        target_boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True)
-        costs = self.cost(logits.float(), boxes.float(), labels, target_boxes.float())
-        cost = costs.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).cpu().numpy()
-        start = 0
-        for image, count in enumerate(counts):
-            for layer in range(len(logits)):
-                queries, objects = linear_sum_assignment(cost[layer, image, :, :count])
-                matched[layer, start + torch.from_numpy(objects)] = torch.from_numpy(queries)
-            start += count
-        return matched.to(logits.device)
+        return self.match([(logits, boxes, targets)])[0]
 
-    def cost(self, logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor) -> Tensor:
-        """(L, B, Q, C), (L, B, Q, 4), (B, T), (B, T, 4) -> (L, B, Q, T)."""
-        index = labels[None, :, None].expand(*logits.shape[:3], -1)
-        x = logits.gather(-1, index)
-        prob = x.sigmoid()
-        positive = self.focal_alpha * (1 - prob) ** 2 * F.softplus(-x)
-        negative = (1 - self.focal_alpha) * prob**2 * F.softplus(x)
-        corners, target_corners = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, target_boxes))
-        giou = generalized_box_iou(corners[:, :, :, None], target_corners[:, None])
-        return (
-            self.cost_class * (positive - negative)
-            + self.cost_bbox * torch.cdist(boxes, target_boxes[None], p=1)
-            - self.cost_giou * giou
+    @torch.no_grad()
+    def match(self, problems: Sequence[Problem]) -> list[Tensor]:
+        """As a call for each (logits, boxes, targets), but the costs of all, and the assignments,
+        are copied from and to the device together."""
+        costs = [self.cost(*problem) for problem in problems]
+        on_host = torch.cat([cost.flatten() for cost in costs]).cpu()
+        matched, parts = [], on_host.split([cost.numel() for cost in costs])
+        for part, cost, (_, _, targets) in zip(parts, costs, problems, strict=True):
+            counts = [len(t["labels"]) for t in targets]
+            of_images = part.view(cost.shape).split(counts, dim=1)
+            matched.append(torch.cat([solve(x) for x in of_images], dim=1).flatten())
+        sizes = [x.numel() for x in matched]
+        on_device = torch.cat(matched).to(costs[0].device, non_blocking=True).split(sizes)
+        return [x.view(cost.shape[:2]) for x, cost in zip(on_device, costs, strict=True)]
+
+    def cost(self, logits: Tensor, boxes: Tensor, targets: Sequence[dict[str, Tensor]]) -> Tensor:
+        """The finite costs (L, N, Q) of all pairs of a target and a query of its image."""
+        labels, target_boxes = (torch.cat([t[k] for t in targets]) for k in ("labels", "boxes"))
+        image = image_of_targets(targets)
+        logits = logits[:, image, :, labels].transpose(0, 1).float()
+        alpha = self.focal_alpha
+        pairs = boxes[:, image].float(), target_boxes.float()[:, None]
+        corners = (box_convert(b, "cxcywh", "xyxy") for b in pairs)
+        cost = (
+            self.cost_class * (focal_term(-logits, alpha) - focal_term(logits, 1 - alpha))
+            + self.cost_bbox * (pairs[0] - pairs[1]).abs().sum(-1)
+            - self.cost_giou * generalized_box_iou(*corners)
         )
+        return cost.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6)
+
+
+def solve(costs: Tensor) -> Tensor:
+    """Costs (L, n, Q) of an image's targets -> the query of each, (L, n), or -1."""
+    matched = torch.full(costs.shape[:2], -1)
+    for row, cost in zip(matched, costs.numpy(), strict=True):
+        objects, queries = linear_sum_assignment(cost)
+        row[torch.from_numpy(objects)] = torch.from_numpy(queries)
+    return matched
+
+
+def image_of_targets(targets: Sequence[dict[str, Tensor]]) -> Tensor:
+    """(N,) int64, the number of each target's image in the batch, on the targets' device."""
+    counts = torch.tensor([len(t["labels"]) for t in targets])
+    image = torch.arange(len(targets)).repeat_interleave(counts)
+    return image.to(targets[0]["labels"].device, non_blocking=True)

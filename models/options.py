@@ -47,7 +47,11 @@ class ModelOptions:
     backbone_freeze_keywords: list[str] = option(
         [], "freeze backbone parameters with one of these in their names"
     )
-    use_checkpoint: bool = option(False, "gradient checkpointing in Swin, ConvNeXt")
+    use_checkpoint: bool = option(
+        False,
+        "gradient checkpointing: recompute activations of encoder, decoder and backbone (Swin, "
+        "ConvNeXt, ResNet with frozen norms) in the backward pass instead of keeping them",
+    )
     hidden_dim: int = option(256, "width D of the transformer", low=8)
     nheads: int = option(8, "attention heads", low=1)
     enc_layers: int = option(6, "encoder layers", low=0)

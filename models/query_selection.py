@@ -16,19 +16,16 @@ from .errors import UserError
 
 @dataclass
 class Selection:
-    """K selected tokens per image: features (B, K, D), anchors (B, K, 4) before the sigmoid, index
-    (B, K) among all S tokens; and the encoder heads' predictions for all tokens: logits (B, S, C)
-    and boxes (B, S, 4) before the sigmoid."""
+    """K selected tokens per image: index (B, K) among all S tokens, features (B, K, D) and anchors
+    (B, K, 4) before the sigmoid. And the encoder heads' predictions for the tokens that are
+    trained, all or the selected ones: logits (B, S or K, C) and boxes (B, S or K, 4) before the
+    sigmoid."""
 
+    index: Tensor
     features: Tensor
     anchors: Tensor
     logits: Tensor
     boxes: Tensor
-    index: Tensor
-
-    def of_selected(self, tensor: Tensor) -> Tensor:
-        """(B, S, n) -> (B, K, n)."""
-        return take(tensor, self.index)
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
@@ -58,9 +55,13 @@ def select_queries(
     box_head: Callable[[Tensor], Tensor],
     num_queries: int,
     score: Callable[[Tensor], Tensor],
+    train_all: bool,
 ) -> Selection:
     """The `num_queries` tokens of memory (B, S, D) with the highest `score(logits)`. UserError if
     an image has fewer tokens.
+
+    Without `train_all` only the selected tokens' predictions are trained: those are made again
+    after the selection, so that nothing is kept of the others for the backward pass.
     """
     if memory.shape[1] < num_queries:
         raise UserError(
@@ -68,8 +69,13 @@ def select_queries(
             "tokens of the images; use fewer queries or larger images"
         )
     anchors, usable = proposals(tokens)
-    features = project(memory.masked_fill(~usable, 0))
-    logits = class_head(features)
-    boxes = box_head(features) + anchors
+    with torch.set_grad_enabled(train_all and torch.is_grad_enabled()):
+        features = project(memory.masked_fill(~usable, 0))
+        logits = class_head(features)
     index = score(logits).topk(num_queries, dim=1).indices
-    return Selection(take(features, index), take(boxes, index), logits, boxes, index)
+    if train_all:
+        boxes = box_head(features) + anchors
+        return Selection(index, take(features, index), take(boxes, index), logits, boxes)
+    features = project(take(memory, index).masked_fill(~take(usable, index), 0))
+    boxes = box_head(features) + take(anchors, index)
+    return Selection(index, features, boxes, class_head(features), boxes)

@@ -6,15 +6,23 @@ decoder layer refines the anchor. Layers are post-norm.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .attention import MLP, Attention, FeedForward, MultiheadAttention, init_transformer
+from .attention import (
+    MLP,
+    Attention,
+    FeedForward,
+    MultiheadAttention,
+    additive_mask,
+    init_transformer,
+)
 from .dn_components import inverse_sigmoid
 from .options import ModelOptions
 from .position_encoding import anchor_embedding
+from .recompute import run
 
 
 class Tokens(NamedTuple):
@@ -41,9 +49,9 @@ class EncoderLayer(FeedForward):
         self.norm1 = nn.LayerNorm(options.hidden_dim)
         self.norm2 = nn.LayerNorm(options.hidden_dim)
 
-    def forward(self, x: Tensor, pos: Tensor, blocked: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, mask: Tensor | None) -> Tensor:
         located = x + pos
-        x = self.norm1(x + self.dropout(self.self_attn(located, located, x, blocked)))
+        x = self.norm1(x + self.dropout(self.self_attn(located, located, x, mask)))
         return self.norm2(x + self.feed_forward(x))
 
 
@@ -54,12 +62,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(options) for _ in range(options.enc_layers))
         self.query_scale = MLP(options.hidden_dim, options.hidden_dim, options.hidden_dim, 2)
+        self.recompute = options.use_checkpoint
 
     def forward(self, tokens: Tokens) -> Tensor:
         """-> memory (B, S, D)."""
-        x, blocked = tokens.content, tokens.mask[:, None, None]
+        x = tokens.content
+        mask = additive_mask(tokens.mask[:, None, None], x)
         for layer in self.layers:
-            x = layer(x, tokens.pos * self.query_scale(x), blocked)
+            x = run(layer, self.recompute, x, tokens.pos * self.query_scale(x), mask)
         return x
 
 
@@ -104,35 +114,42 @@ class DecoderLayer(FeedForward):
         x: Tensor,
         query_pos: Tensor,
         query_sine: Tensor,
-        self_blocked: Tensor | None,
+        self_mask: Tensor | None,
         memory: Tensor,
         pos: Tensor,
-        memory_blocked: Tensor,
+        memory_mask: Tensor | None,
+        areas: Sequence[int],
     ) -> Tensor:
         query = self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos)
         key = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)
-        attended = self.self_attn(query, key, self.sa_v_proj(x), self_blocked)
+        attended = self.self_attn(query, key, self.sa_v_proj(x), self_mask)
         x = self.norm1(x + self.dropout(attended))
 
         sine = self.ca_qpos_sine_proj(query_sine)
         located = self.ca_qcontent_proj(x)
         if self.ca_qpos_proj is not None:
             located = located + self.ca_qpos_proj(query_pos)
-        located = self.concat_heads(located, sine)
-        attended = self.attend_to_memory(located, memory, pos, memory_blocked, query)
+        key, key_pos = self.ca_kcontent_proj(memory), self.ca_kpos_proj(pos)
+        if self.ca_qpos_proj is not None:
+            key = key + key_pos
+        pairs = self.concat_heads(located, sine), self.concat_heads(key, key_pos)
+        value = self.ca_v_proj(memory)
+        attended = self.attend_to_memory(*pairs, value, memory_mask, query, areas)
         x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.feed_forward(x))
 
     def attend_to_memory(
-        self, located: Tensor, memory: Any, pos: Any, blocked: Any, query: Tensor
+        self,
+        located: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        query: Tensor,
+        areas: Sequence[int],
     ) -> Tensor:
-        """located (B, Q, 2 * D), memory and pos (B, S, D), query of the self-attention (B, Q, D)
-        -> (B, Q, D)."""
-        key, key_pos = self.ca_kcontent_proj(memory), self.ca_kpos_proj(pos)
-        if self.ca_qpos_proj is not None:
-            key = key + key_pos
-        key = self.concat_heads(key, key_pos)
-        return self.cross_attn(located, key, self.ca_v_proj(memory), blocked)
+        """located (B, Q, 2 * D), key (B, S, 2 * D), value (B, S, D), query of the self-attention
+        (B, Q, D) -> (B, Q, D). `areas`: the number of pixels of each feature level, S in all."""
+        return self.cross_attn(located, key, value, mask)
 
 
 class MultiLevelDecoderLayer(DecoderLayer):
@@ -148,18 +165,17 @@ class MultiLevelDecoderLayer(DecoderLayer):
     def attend_to_memory(
         self,
         located: Tensor,
-        memory: Sequence[Tensor],
-        pos: Sequence[Tensor],
-        blocked: Sequence[Tensor],
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
         query: Tensor,
+        areas: Sequence[int],
     ) -> Tensor:
-        """As for one level; memory, pos and blocked are lists with an entry for each level."""
-        attend = super().attend_to_memory
-        levels = [
-            attend(located, *level, query) for level in zip(memory, pos, blocked, strict=True)
-        ]
+        masks = [None] * len(areas) if mask is None else mask.split(areas, -1)
+        of_levels = zip(key.split(areas, 1), value.split(areas, 1), masks, strict=True)
+        attended = torch.stack([self.cross_attn(located, *level) for level in of_levels], dim=-2)
         weights = self.lvl_attn(query).softmax(-1)
-        return (self.ca_out_v_proj(torch.stack(levels, dim=-2)) * weights[..., None]).sum(-2)
+        return (self.ca_out_v_proj(attended) * weights[..., None]).sum(-2)
 
 
 class Decoder(nn.Module):
@@ -178,6 +194,7 @@ class Decoder(nn.Module):
         self.query_scale = MLP(dim, dim, dim, 2).requires_grad_(options.dec_layers > 1)
         self.ref_point_head = MLP(2 * dim, dim, dim, 2)
         self.ref_anchor_head = MLP(dim, dim, 2, 2)
+        self.recompute = options.use_checkpoint
 
     def queries(self, x: Tensor, anchors: Tensor, is_first: bool) -> tuple[Tensor, Tensor]:
         """Positional query and sine query, both (B, Q, D), of content x and anchors (B, Q, 4)."""
@@ -200,9 +217,13 @@ class Decoder(nn.Module):
         memory: Tensor,
         pos: Tensor,
         memory_blocked: Tensor,
+        areas: Sequence[int] = (),
     ) -> Decoded:
-        """content (B, Q, D), anchors (B, Q, 4) before the sigmoid, self_blocked (N, N) and
-        memory_blocked (B, 1, 1, S), True where attention is blocked -> the layers' outputs."""
+        """content (B, Q, D), anchors (B, Q, 4) before the sigmoid, memory and pos (B, S, D),
+        self_blocked (N, N) and memory_blocked (B, S), True where attention is blocked, the number
+        of pixels of each feature level -> the layers' outputs."""
+        self_mask = additive_mask(self_blocked, content)
+        to_memory = memory, pos, additive_mask(memory_blocked[:, None, None], content), areas
         x, anchors = content, anchors.sigmoid()
         states, boxes, refined = [], [], []
         for i, layer in enumerate(self.layers):
@@ -210,7 +231,8 @@ class Decoder(nn.Module):
             # released code, its loss also trains the previous layer's refinement.
             fixed = anchors if i == 0 else anchors.detach()
             query_pos, query_sine = self.queries(x, fixed, is_first=i == 0)
-            x = layer(x, query_pos, query_sine, self_blocked, memory, pos, memory_blocked)
+            queries = x, query_pos, query_sine, self_mask
+            x = run(layer, self.recompute, *queries, *to_memory)
             states.append(self.norm(x))
             refined.append(anchors.detach())
             boxes.append((self.bbox_embed(states[-1]) + inverse_sigmoid(anchors)).sigmoid())

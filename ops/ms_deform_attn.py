@@ -253,16 +253,20 @@ class MSDeformAttn(nn.Module):
         M, L, P = self.n_heads, self.n_levels, self.n_points
         value = self.value_proj(memory)
         if padding_mask is not None:
-            value = value.masked_fill(padding_mask[..., None], 0)
-        offsets = self.sampling_offsets(query).view(B, Q, M, L, P, 2)
+            value = value.masked_fill_(padding_mask[..., None], 0)
+        # One axis for levels, points and (x, y), as arithmetic over short axes is slow.
+        offsets = self.sampling_offsets(query).view(B, Q, M, L * P * 2)
+        of_points = lambda x: x[..., None, :].expand(*x.shape[:-1], P, 2).flatten(-3)
         weights = self.attention_weights(query).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
-        points = reference_points[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
-        if points.shape[-1] == 2:
-            locations = points + offsets / spatial_shapes.flip(-1)[:, None]
-        elif points.shape[-1] == 4:
-            locations = points[..., :2] + offsets * points[..., 2:] * (0.5 / P)
+        reference_points = reference_points[:, :, None]  # (B, Q, 1, L, 2 or 4)
+        if reference_points.shape[-1] == 2:
+            shifts = offsets / of_points(spatial_shapes.flip(-1).to(offsets.dtype))
+        elif reference_points.shape[-1] == 4:
+            shifts = offsets * of_points(reference_points[..., 2:]) * (0.5 / P)
         else:
-            raise ValueError(f"reference_points must have 2 or 4 values, not {points.shape[-1]}")
+            values = reference_points.shape[-1]
+            raise ValueError(f"reference_points must have 2 or 4 values, not {values}")
+        locations = (of_points(reference_points[..., :2]) + shifts).view(B, Q, M, L, P, 2)
         value = value.unflatten(-1, (M, -1))
         output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
         return self.output_proj(output)

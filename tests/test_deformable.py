@@ -16,7 +16,7 @@ from models.dn_components import prepare_for_cdn, prepare_for_cdn_of_dn_detr
 from models.errors import UserError
 from models.nested_tensor import nested_tensor_from_tensor_list
 from models.options import ModelOptions
-from models.query_selection import proposals, select_queries
+from models.query_selection import proposals, select_queries, take
 from models.weights import load_backbone
 from util.config import load_config
 
@@ -181,17 +181,30 @@ def test_proposals_are_centred_on_their_tokens():
 
 def test_best_tokens_are_selected():
     tokens = make_tokens()
-    memory = torch.randn(2, 60, 16)
+    memory = torch.randn(2, 60, 16, requires_grad=True)
     class_head, box_head = torch.nn.Linear(16, 3), torch.nn.Linear(16, 4)
     best = lambda logits: logits.amax(-1)
-    selection = select_queries(memory, tokens, torch.nn.Identity(), class_head, box_head, 5, best)
+    select = lambda number, train_all: select_queries(
+        memory, tokens, torch.nn.Identity(), class_head, box_head, number, best, train_all
+    )
+    selection = select(5, train_all=True)
     scores = best(selection.logits)
     for image in range(2):
         expected = scores[image].sort(descending=True).indices[:5]
         assert selection.index[image].tolist() == expected.tolist()
-    torch.testing.assert_close(selection.anchors, selection.of_selected(selection.boxes))
+    close = torch.testing.assert_close
+    close(selection.anchors, take(selection.boxes, selection.index))
+    # If only they are trained, their predictions and gradients are the same.
+    alone = select(5, train_all=False)
+    assert alone.index.equal(selection.index)
+    close(alone.features, selection.features)
+    close(alone.anchors, selection.anchors)
+    close(alone.boxes, selection.anchors)
+    close(alone.logits, take(selection.logits, selection.index))
+    losses = [s.sigmoid().sum() for s in (alone.boxes, selection.anchors)]
+    close(*(torch.autograd.grad(loss, [memory, *box_head.parameters()]) for loss in losses))
     with pytest.raises(UserError, match="num_queries: 61"):
-        select_queries(memory, tokens, torch.nn.Identity(), class_head, box_head, 61, best)
+        select(61, train_all=False)
 
 
 # Contrastive denoising

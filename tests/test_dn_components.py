@@ -75,7 +75,7 @@ def test_gradients_do_not_cross_groups():
     )
     content = content.detach().requires_grad_()
     memory = torch.randn(1, 9, D)
-    no_padding = torch.zeros(1, 1, 1, 9).bool()
+    no_padding = torch.zeros(1, 9).bool()
     states, *_ = decoder(content, anchors, blocked, memory, memory, no_padding)
     parts = [slice(i * size, (i + 1) * size) for i in range(groups)]
     parts.append(slice(groups * size, None))  # the matching part

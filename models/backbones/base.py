@@ -1,9 +1,9 @@
 """The base of all backbones: an image batch in, feature maps of the chosen stages out."""
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..nested_tensor import NestedTensor, resize_mask
+from ..recompute import run
 
 
 class Backbone(nn.Module):
@@ -25,8 +25,7 @@ class Backbone(nn.Module):
 
 
 def run_blocks(blocks: nn.Module, x: Tensor, recompute: bool) -> Tensor:
-    """x through all of a container's blocks; with `recompute`, the backward pass computes their
-    activations again instead of keeping them."""
+    """x through all of a container's blocks; for `recompute` see there."""
     for block in blocks.children():
-        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        x = run(block, recompute, x)
     return x

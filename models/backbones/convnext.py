@@ -74,7 +74,7 @@ class ConvNeXt(Backbone):
         stages = zip(self.downsample_layers, self.stages, strict=True)
         for stage, (downsample, blocks) in enumerate(stages):
             if stage < max(self.levels):
-                x = run_blocks(blocks, downsample(x), self.recompute and self.training)
+                x = run_blocks(blocks, downsample(x), self.recompute)
             norm = self.get_submodule(f"norm{stage}")
             if stage + 1 in self.levels:
                 maps.append(norm(x))

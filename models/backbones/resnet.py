@@ -1,11 +1,21 @@
 """ResNets (He et al. 2015), torchvision's, with DETR's choice of norms."""
 
+import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from ..options import ModelOptions
-from .base import Backbone
+from .base import Backbone, run_blocks
+
+
+class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
+    """torchvision's, in one pass over the feature map instead of two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+
 
 NORMS = {
     "FrozenBatchNorm2d": FrozenBatchNorm2d,
@@ -31,12 +41,14 @@ class ResNet(Backbone):
             if name == f"layer{max(levels)}":
                 break
         self.levels = levels
+        # Other norms would count a batch twice.
+        self.recompute = options.use_checkpoint and norm is FrozenBatchNorm2d
         self.num_channels = [(64 if small else 256) * 2 ** (level - 1) for level in levels]
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         x, maps = images, []
         for name, layer in self.body.items():
-            x = layer(x)
+            x = run_blocks(layer, x, self.recompute) if name.startswith("layer") else layer(x)
             if name in (f"layer{level}" for level in self.levels):
                 maps.append(x)
         return maps

@@ -107,7 +107,7 @@ class Swin(Backbone):
         x, maps = self.patch_embed(images), []
         for stage, layer in enumerate(self.layers[: max(self.levels)]):
             blocks = layer.get_submodule("blocks")
-            x = run_blocks(blocks, x, self.recompute and self.training)
+            x = run_blocks(blocks, x, self.recompute)
             if stage + 1 in self.levels:
                 maps.append(self.get_submodule(f"norm{stage}")(x).permute(0, 3, 1, 2))
             if stage + 1 < max(self.levels):
