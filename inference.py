@@ -47,11 +47,10 @@ def find_images(sources: Sequence[str]) -> list[Path]:
 
 def truth_of(dataset: CocoDetection, image_id: int) -> dict:
     """An image's annotations, including crowds, as arguments of `draw_boxes`."""
-    items = dataset.ground_truth({image_id})["annotations"]
-    boxes = torch.tensor([a["bbox"] for a in items]).reshape(-1, 4)
-    labels = [dataset.class_map.label_of[a["category_id"]] for a in items]
-    crowd = [a["iscrowd"] for a in items]
-    return {"boxes": box_convert(boxes, "xywh", "xyxy"), "labels": labels, "crowd": crowd}
+    truth = dataset.ground_truth([image_id])
+    boxes = box_convert(torch.from_numpy(truth["bbox"]).float(), "xywh", "xyxy")
+    labels = [dataset.class_map.label_of[i] for i in truth["category_id"].tolist()]
+    return {"boxes": boxes, "labels": labels, "crowd": truth["iscrowd"].tolist()}
 
 
 def detect(

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -207,17 +207,11 @@ class CocoDetection(torch.utils.data.Dataset):
         counts = np.diff(self._offsets)
         return int(counts.max()), self.file_names[counts.argmax()]
 
-    def ground_truth(self, image_ids: set[int]) -> dict[str, list[dict]]:
-        """Annotations of some images for COCO's evaluation: boxes as in the file, with crowds and
-        missing areas filled in. Ids are new, as COCOeval cannot match id 0."""
+    def ground_truth(self, image_ids: Iterable[int]) -> dict[str, np.ndarray]:
+        """Annotations of some images for COCO's evaluation, as columns: "image_id", "category_id",
+        "area", "iscrowd" (n,), "bbox" (n, 4) as in the file; crowds and missing areas filled in."""
         chosen = np.isin(self._truth["image_id"], list(image_ids))
-        columns = {key: values[chosen].tolist() for key, values in self._truth.items()}
-        rows = enumerate(zip(*columns.values(), strict=True), start=1)
-        return {
-            "images": [{"id": i} for i in self.image_ids if i in image_ids],
-            "annotations": [{"id": i, **dict(zip(columns, row, strict=True))} for i, row in rows],
-            "categories": self.categories,
-        }
+        return {key: values[chosen] for key, values in self._truth.items()}
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         image, position, skipped = self._read(index)

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -12,22 +14,24 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from datasets.coco import CocoDetection
-from datasets.coco_eval import CocoEvaluator
+from datasets.coco_eval import CocoEvaluator, curves_by_hotcoco, curves_by_pycocotools
+from models.class_map import ClassMap
 
 CATEGORIES = [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}]  # labels 0 and 1
 ONE, ONES = pytest.approx(1), pytest.approx([1] * 5)  # COCOeval adds an epsilon to denominators
 
 
-@pytest.fixture
-def make(tmp_path):
+@pytest.fixture(params=[curves_by_hotcoco, curves_by_pycocotools])
+def make(tmp_path, request):
     """make(annotations, image_ids): an evaluator over images of 200 x 200 pixels."""
 
-    def make(annotations, image_ids=(1,)):
+    def make(annotations, image_ids=(1,), categories=CATEGORIES, **options):
         images = [{"id": i, "file_name": "1.png", "height": 200, "width": 200} for i in image_ids]
         Image.new("RGB", (200, 200)).save(tmp_path / "1.png")
-        data = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+        data = {"images": images, "annotations": annotations, "categories": categories}
         (tmp_path / "instances.json").write_text(json.dumps(data))
-        return CocoEvaluator(CocoDetection(tmp_path, tmp_path / "instances.json", None))
+        dataset = CocoDetection(tmp_path, tmp_path / "instances.json", None, **options)
+        return CocoEvaluator(dataset, request.param)
 
     return make
 
@@ -42,9 +46,9 @@ def found(*rows):
     return {"scores": rows[:, 0], "labels": rows[:, 1].long(), "boxes": rows[:, 2:]}
 
 
-def plain_stats(data, detections, image_ids=None):
-    """Stats of pycocotools, used as documented."""
-    with contextlib.redirect_stdout(io.StringIO()):
+def plain_evaluation(data, detections, image_ids=None):
+    """Stats of pycocotools, used as documented; the text that it prints; AP by category."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         coco = COCO()
         coco.dataset = json.loads(json.dumps(data))
         coco.createIndex()
@@ -54,7 +58,17 @@ def plain_stats(data, detections, image_ids=None):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return evaluation.stats.tolist()
+    table = "".join(line for line in printed.getvalue().splitlines(True) if "@[" in line)
+    figures = evaluation.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1)).tolist()
+    return (
+        evaluation.stats.tolist(),
+        table,
+        dict(zip(evaluation.params.catIds, figures, strict=True)),
+    )
+
+
+def plain_stats(*args):
+    return plain_evaluation(*args)[0]
 
 
 def test_perfect_detections(make):
@@ -157,6 +171,76 @@ def test_agrees_with_pycocotools(make):
         assert len(evaluator.detections) == len(exact)
 
 
+IMAGE_IDS = [0, -3, 9, 4, 2**60 + 1, 2**60 + 2]  # in floats, the last two are one
+SPARSE = [{"id": i, "name": f"class {i}"} for i in (1000, 0, -2, 7, 50)]  # without objects: 50
+
+
+def edge_case(generator):
+    """Crowds, equal boxes and scores, missing areas, those on the limits between sizes, empty
+    boxes, images without objects or detections, over 100 detections of a class in an image, and
+    categories that only the model has (5, 6)."""
+    annotations, results = [], {}
+    categories = [1000, 0, -2, 7, 5]
+    for image_id in IMAGE_IDS:
+        objects = generator.integers(0, 8) * (generator.random() < 0.8)
+        boxes = generator.integers(0, 60, (objects + 5, 4)).astype(float)
+        boxes[:, 2:] = generator.choice([0, 16, 32, 33, 96, 97], (objects + 5, 2))
+        boxes[1::3] = boxes[::3][: len(boxes[1::3])]
+        kinds = generator.integers(0, 5, objects)
+        for box, kind in zip(boxes[:objects].tolist(), kinds, strict=True):
+            more = {"iscrowd": int(generator.random() < 0.2)}
+            if area := generator.choice([None, 0, 100, 32**2, 96**2, 96**2 + 1]):
+                more["area"] = area
+            annotations.append(truth(box, image_id, categories[kind], **more))
+        count = generator.choice([0, 3, 40, 600])
+        chosen = generator.integers(0, len(boxes), count)
+        xywh = boxes[chosen] + generator.integers(-2, 3, (count, 4)) * (generator.random() < 0.7)
+        xywh[:, 2:] = xywh[:, 2:].clip(0)
+        labels = generator.integers(0, 7, count)  # 6: the model knows no category of that label
+        labels = np.where(chosen % 2, labels, np.resize([*kinds, 0], len(boxes))[chosen])
+        scores = generator.choice([0.1, 0.25, 0.7, generator.random()], count)
+        rows = [scores, labels, *xywh[:, :2].T, *(xywh[:, :2] + xywh[:, 2:]).T]
+        results[image_id] = found(*np.stack(rows, 1).tolist())
+    return annotations, results
+
+
+def test_agrees_with_pycocotools_in_edge_cases(make, capfd):
+    generator, figures = np.random.default_rng(2), set()
+    known = dict(enumerate([1000, 0, -2, 7, 5, 50]))
+    known = ClassMap(7, known, {label: f"class {id_}" for label, id_ in known.items()})
+    for _ in range(30):
+        annotations, results = edge_case(generator)
+        if not any(len(result["scores"]) for result in results.values()):
+            continue  # pycocotools cannot load these
+        evaluator = make(annotations, IMAGE_IDS, SPARSE, class_map=known)
+        for image_id in generator.permutation(IMAGE_IDS).tolist():
+            evaluator.update({image_id: results[image_id]})
+        usable = [
+            {"id": i, "area": a["bbox"][2] * a["bbox"][3], **a}
+            for i, a in enumerate(annotations, start=1)
+            if min(a["bbox"][2:]) > 0
+        ]
+        data = {"images": [{"id": i} for i in IMAGE_IDS], "annotations": usable}
+        data["categories"] = SPARSE
+        stats, table, by_category = plain_evaluation(data, evaluator.detections)
+        assert evaluator.summarize() == stats and evaluator.table() == table
+        by_name = {f"class {i}": ap for i, ap in by_category.items() if ap > -1}
+        assert list(evaluator.per_class().items()) == list(by_name.items())
+        figures.update(stats)
+    assert len(figures) > 100 and capfd.readouterr() == ("", "")
+
+
+def test_pycocotools_replaces_a_missing_hotcoco(make, monkeypatch):
+    dataset = make([truth((0, 0, 50, 50))]).dataset
+    assert CocoEvaluator(dataset).curves is curves_by_hotcoco
+    monkeypatch.setitem(sys.modules, "hotcoco", None)  # its import fails
+    module = runpy.run_path("datasets/coco_eval.py")
+    evaluator = module["CocoEvaluator"](dataset)
+    assert evaluator.curves is module["curves_by_pycocotools"]
+    evaluator.update({1: found((0.9, 0, 0, 0, 50, 50))})
+    assert evaluator.summarize()[0] == ONE
+
+
 def test_only_updated_images_count_and_results_can_be_merged(make):
     annotations, results = random_case(np.random.default_rng(1))
     data = {"images": [{"id": i} for i in range(1, 13)], "annotations": annotations}
@@ -200,6 +284,8 @@ def test_images_without_objects(make):
     assert evaluator.summarize()[0] == pytest.approx(0.5)
     evaluator.results = {2: evaluator.results[2]}
     assert evaluator.summarize() == [-1] * 12 and evaluator.per_class() == {}
+    evaluator.results.clear()
+    assert evaluator.summarize() == [-1] * 12 and evaluator.detections == []
 
 
 def test_incomplete_and_invalid_annotations(make):
@@ -216,9 +302,9 @@ def test_incomplete_and_invalid_annotations(make):
     evaluator.update({1: found(*((0.9, 0, *box) for box in boxes))})
     stats = evaluator.summarize()
     assert stats[0] == stats[4] == ONE  # all three are medium
-    annotations = evaluator.dataset.ground_truth({1})["annotations"]
-    assert [a["area"] for a in annotations] == [2500, 2500, 1600]
-    assert [a["iscrowd"] for a in annotations] == [0, 0, 0]
+    truths = evaluator.dataset.ground_truth({1})
+    assert truths["area"].tolist() == [2500, 2500, 1600]
+    assert truths["iscrowd"].tolist() == [0, 0, 0]
 
 
 def test_nonfinite_detections_are_dropped(make):

@@ -133,16 +133,17 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(
 
 def count_evaluations(argv: list[str]) -> tuple[int, int]:
     """The exit status of `main` and its number of COCO evaluations."""
-    with patch.object(COCOeval, "evaluate", autospec=True, side_effect=COCOeval.evaluate) as spy:
+    with patch.object(COCOeval, "summarize", autospec=True, side_effect=COCOeval.summarize) as spy:
         return main(argv), spy.call_count
 
 
 def test_coco_evaluation_runs_once_in_two_processes(pair: Pair, data: Path, tmp_path: Path):
-    assert main(arguments(data, tmp_path / "run", 2)) == 0
+    """In the first, for the model and for its average."""
+    assert main(arguments(data, tmp_path / "run", 2, "--use_ema")) == 0
     resume = ["--eval", "--resume", str(tmp_path / "run" / "checkpoint.pth"), "--eval_per_class"]
-    resume += ["--dist_url", f"file://{tmp_path}/store"]
+    resume += ["--dist_url", f"file://{tmp_path}/store", "--use_ema"]
     args = arguments(data, tmp_path / "out", 2, *resume)
-    assert pair.call(count_evaluations, args, args) == [(0, 1), (0, 0)]
+    assert pair.call(count_evaluations, args, args) == [(0, 2), (0, 0)]
 
 
 def test_first_process_decides_where_all_resume(pair: Pair, data: Path, tmp_path: Path):
