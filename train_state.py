@@ -71,6 +71,8 @@ class TrainState:
         self.device = next(model.parameters()).device
         if self.device.type == "cpu":  # makes convolutions 10 to 20% faster
             model.backbone.to(memory_format=torch.channels_last)
+        if cfg.compile:
+            model.compile_parts()
         self.ema: ModelEma | None = None
         self.optimizer = build_optimizer(model, cfg)
         self.schedule, self.every_step = build_scheduler(self.optimizer, cfg, epoch_length)

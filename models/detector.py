@@ -104,6 +104,13 @@ class Detector(nn.Module):
         ratio, scale = options.dn_label_noise_ratio, options.dn_box_noise_scale
         return {"label_noise_ratio": ratio, "box_noise_scale": scale}
 
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the backbone and the encoder's layers in place, for images of any size; `options`
+        are those of `torch.compile`. Parameter names and results stay as they are."""
+        # Layers share their graph, which a compiled encoder would repeat.
+        for part in (self.backbone[0], *self.transformer.encoder.layers):
+            part.compile(dynamic=True, **options)
+
     def encode(self, images: NestedTensor) -> Encoded:
         raise NotImplementedError
 

@@ -164,6 +164,9 @@ class TrainingOptions:
     clip_max_norm: float = option(0.1, "maximum gradient norm; 0: no clipping", low=0)
     amp: bool = option(False, "train and evaluate in mixed precision")
     amp_dtype: str = option("bf16", "data type of --amp", choices=["bf16", "fp16"])
+    compile: bool = option(
+        False, "compile backbone and encoder (torch.compile): minutes at the start, faster steps"
+    )
     use_ema: bool = option(False, "also keep, evaluate and save an EMA of the weights")
     ema_decay: float = option(0.9997, "decay of the EMA", low=0, high=1)
     ema_epoch: int = option(0, "first epoch of the EMA", low=0)
