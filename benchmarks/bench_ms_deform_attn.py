@@ -4,18 +4,20 @@
     python benchmarks/bench_ms_deform_attn.py --device cuda   # on a GPU, in fp32 and bf16
 
 All implementations get the same tensors and must agree before they are timed. Repetitions are
-interleaved, so that other load affects all of them equally; results are medians. The floor is the
-time for the unavoidable bytes and operations at the machine's ceilings for copying memory and
-multiplying matrices, which are measured in the same run.
+interleaved, so that other load affects all of them equally; results are medians. The floor of a
+variant is the time for the unavoidable bytes and operations at the machine's ceilings for copying
+memory and for multiplying matrices with the variant's instructions, measured in the same run.
 
 Locations: `near` is around the query's reference point, as in a trained model, with a standard
 deviation of 4 pixels in each level; `anywhere` is uniform over the image.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -24,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from timeit import timeit
@@ -37,6 +40,8 @@ from ops import ms_deform_attn, native
 
 M, D, P = 8, 32, 4
 PACKAGE = "torch-ms-deform-attn"
+# What MKL may use in the matrix product of a variant's floor; for others, what it chooses.
+MKL_INSTRUCTIONS = {"avx512": "AVX512", "avx2": "AVX2", "baseline": "SSE4_2"}
 SMALL = ((60, 80), (30, 40), (15, 20), (8, 10))  # an image of 480 x 640
 LARGE = ((100, 134), (50, 67), (25, 34), (13, 17))  # of 800 x 1066
 # B, levels and Q of each shape; Q None: every pixel is a query, as in the encoder.
@@ -145,8 +150,40 @@ def time_all(runs: dict[str, Callable], device: str, repetitions: int) -> dict[s
     return {name: values[3:] for name, values in times.items()}  # without the three warm-ups
 
 
-def find_floor(tensors: list[Tensor], direction: str, device: str, repetitions: int) -> dict:
-    """Bytes and multiply-adds of a call, and the time of an equivalent copy and matrix product.
+@functools.cache
+def make_matrices(n: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(2, n, n, device=device).to(dtype)
+
+
+def multiply(*matrices) -> None:
+    a, b = make_matrices(*matrices)
+    a @ b
+
+
+def find_products(
+    functions: dict[str, Callable], device: str, processes: ExitStack
+) -> dict[str, Callable[..., None]]:
+    """For each of our implementations, `multiply` with its instructions: on the CPU in a process of
+    its own, which ends with `processes`, since MKL chooses when it is loaded."""
+    if device == "cuda":
+        return {"cuda": multiply}
+    products = {}
+    for name in functions:
+        if name.startswith("cpp "):
+            variant = name.removeprefix("cpp ")
+            os.environ["MKL_ENABLE_INSTRUCTIONS"] = MKL_INSTRUCTIONS.get(variant, "")
+            pool = processes.enter_context(multiprocessing.get_context("spawn").Pool(1))
+            products[name] = lambda *matrices, pool=pool: pool.apply(multiply, matrices)
+            products[name](2, torch.float32, device)
+    os.environ.pop("MKL_ENABLE_INSTRUCTIONS", None)
+    return products
+
+
+def find_floor(
+    tensors: list[Tensor], direction: str, device: str, repetitions: int, products: dict
+) -> dict:
+    """Bytes and multiply-adds of a call, and the time of an equivalent copy and matrix product, for
+    each of `products`.
 
     Forward reads value, locations and weights, writes the output, and does one multiply-add for
     each of 4 pixels, sample and channel. Backward reads these three and the output's gradient,
@@ -158,14 +195,22 @@ def find_floor(tensors: list[Tensor], direction: str, device: str, repetitions: 
     if direction != "forward":
         moved, adds = moved + 2 * read + grad.numel(), 3 * adds
     source, target = grad.new_ones(2, moved // 2)
-    n = 2048 if device == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=device).to(grad.dtype)
-    runs = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
-    copy, product = map(statistics.median, time_all(runs, device, repetitions).values())
-    n_bytes, arithmetic = moved * grad.element_size(), product * adds / n**3
-    per_s = {"bytes_per_s": 1e3 * n_bytes / copy, "multiply_adds_per_s": 1e3 * n**3 / product}
-    floor = {"bytes": copy, "multiply_adds": arithmetic, "sum": copy + arithmetic}
-    return {"bytes": n_bytes, "multiply_adds": adds, "ceilings": per_s, "floor_ms": floor}
+    n = 1024 if device == "cpu" else 8192
+    runs = {name: partial(product, n, grad.dtype, device) for name, product in products.items()}
+    times = time_all({"copy": lambda: target.copy_(source), **runs}, device, repetitions)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    copy, n_bytes = medians.pop("copy"), moved * grad.element_size()
+    arithmetic = {name: product * adds / n**3 for name, product in medians.items()}
+    return {
+        "bytes": n_bytes,
+        "multiply_adds": adds,
+        "bytes_per_s": 1e3 * n_bytes / copy,
+        "multiply_adds_per_s": {name: 1e3 * n**3 / product for name, product in medians.items()},
+        "floor_ms": {
+            name: {"copy": copy, "product": product, "sum": copy + product}
+            for name, product in arithmetic.items()
+        },
+    }
 
 
 def peak_memory(function: Callable, shape: tuple) -> float:
@@ -197,35 +242,42 @@ def describe_machine(device: str) -> dict:
 
 def measure(functions: dict[str, Callable], device: str, repetitions: int) -> list[dict]:
     """An entry for each shape, dtype, kind of locations and direction; prints them as rows."""
-    print(f"| shape | type | locations | direction | {' | '.join(functions)} | floor | ours is |")
-    print("|---" * (6 + len(functions)) + "|")
+    print("| shape | type | locations | direction | implementation | ms | package / it", end="")
+    print(" | floor: copy + product, ms | it / floor |")
+    print("|---" * 9 + "|")
     dtypes = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
+    cases = itertools.product(
+        SHAPES[device], dtypes, ("near", "anywhere"), ("forward", "forward + backward")
+    )
     entries = []
-    for shape, dtype, where in itertools.product(SHAPES[device], dtypes, ("near", "anywhere")):
-        case = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "locations": where}
-        tensors = make_tensors(SHAPES[device][shape], where, dtype, device)
-        for direction in ("forward", "forward + backward"):
+    with ExitStack() as processes:
+        products = find_products(functions, device, processes)
+        for shape, dtype, where, direction in cases:
+            tensors = make_tensors(SHAPES[device][shape], where, dtype, device)
             runs = {name: prepare(f, direction, tensors) for name, f in functions.items()}
             error, times = disagreement(runs), time_all(runs, device, repetitions)
             medians = {name: statistics.median(values) for name, values in times.items()}
-            entry = {**case, "direction": direction, "median_ms": medians, "times_ms": times}
-            entry["largest_disagreement"] = error
-            entry |= find_floor(tensors, direction, device, repetitions)
-            print_row(entry)
+            entry = {"shape": shape, "dtype": str(dtype).removeprefix("torch.")}
+            entry |= {"locations": where, "direction": direction, "median_ms": medians}
+            entry |= {"times_ms": times, "largest_disagreement": error}
+            entry |= find_floor(tensors, direction, device, repetitions, products)
+            print_rows(entry)
             entries.append(entry)
     return entries
 
 
-def print_row(entry: dict) -> None:
-    medians, floor, remarks = entry["median_ms"], entry["floor_ms"]["sum"], []
-    for name, ours in medians.items():
-        if name.startswith(("cpp", "cuda")):
-            package = medians.get(PACKAGE)
-            ratio = f", {package / ours:.1f} x as fast as the package" if package else ""
-            remarks.append(f"{name}: {ours / floor:.1f} x floor{ratio}")
-    cells = [entry[key] for key in ("shape", "dtype", "locations", "direction")]
-    cells += [f"{ms:.2f} ms" for ms in (*medians.values(), floor)]
-    print(f"| {' | '.join(cells)} | {'; '.join(remarks)} |")
+def print_rows(entry: dict) -> None:
+    """A row for each implementation; ours have a floor."""
+    case = " | ".join(entry[key] for key in ("shape", "dtype", "locations", "direction"))
+    package = entry["median_ms"].get(PACKAGE, math.nan)
+    for name, ms in entry["median_ms"].items():
+        cells = [case, name, f"{ms:.2f}", f"{package / ms:.1f}"]
+        if floor := entry["floor_ms"].get(name):
+            cells.append(f"{floor['copy']:.2f} + {floor['product']:.2f} = {floor['sum']:.2f}")
+            cells.append(f"{ms / floor['sum']:.1f}")
+        else:
+            cells += ["", ""]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ if __package__ == "dn_dino.ops":
 _ABI = {"cpp": 2, "cuda": 1}  # versions of the C interfaces; libraries with others are outdated
 TYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _LIBRARIES = {"cpp": "ms_deform_attn_cpu", "cuda": "ms_deform_attn_cuda"}
-CPU_VARIANTS = ("avx512", "avx2", "baseline")  # fastest first
+CPU_VARIANTS = ("avx512", "avx2", "neon", "baseline")  # fastest first
 _CPU_ERRORS = {
     1: "out of memory",
     2: "a head of value has 2**31 elements or more",

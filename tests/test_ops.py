@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -468,7 +469,7 @@ def test_forcing_an_unknown_backend_lists_the_choices(monkeypatch):
 def test_forcing_an_unknown_variant_lists_the_choices(monkeypatch):
     monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", "cpp")
     monkeypatch.setenv("MS_DEFORM_ATTN_CPU", "sse9")
-    with pytest.raises(RuntimeError, match="must be one of avx512, avx2, baseline"):
+    with pytest.raises(RuntimeError, match="must be one of avx512, avx2, neon, baseline"):
         ms_deform_attn(*make_inputs())
 
 
@@ -562,6 +563,82 @@ def test_cuda_kernel_compiles(tmp_path):
     symbols = library.read_bytes()
     for name in ("abi", "error", "forward", "backward"):
         assert f"ms_deform_attn_cuda_{name}".encode() in symbols
+
+
+@pytest.fixture(scope="module")
+def run_on_arm(tmp_path_factory) -> Callable[..., list[Tensor]]:
+    """The kernel for aarch64 with NEON, built by setup.py and run in an emulator: a function from
+    the op's inputs and the gradient of its output to its output and three gradients."""
+    for tool in ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-gcc", "qemu-aarch64"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}: apt-get install g++-aarch64-linux-gnu qemu-user")
+    folder = tmp_path_factory.mktemp("arm")
+    environment = {"CXX": "aarch64-linux-gnu-g++", "MS_DEFORM_ATTN_CPU_ONLY": "1"}
+    result = build(folder, "build_ext", "--inplace", **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    library, program = folder / "ops/libms_deform_attn_cpu.so", folder / "run_op"
+    compiler = ["aarch64-linux-gnu-gcc", str(ROOT / "tests/run_op.c"), str(library)]
+    subprocess.run([*compiler, f"-Wl,-rpath,{library.parent}", "-o", str(program)], check=True)
+
+    def run(*tensors: Tensor, variant: str = "neon") -> list[Tensor]:
+        value, _, _, locations, weights, grad = tensors
+        sizes = [
+            value.dtype == torch.float64,
+            *value.shape,
+            locations.shape[1],
+            *locations.shape[3:5],
+        ]
+        parts = [torch.tensor(sizes, dtype=torch.int64), *tensors]
+        source, target = folder / "input", folder / "output"
+        source.write_bytes(b"".join(t.detach().contiguous().numpy().tobytes() for t in parts))
+        emulator = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", str(program)]
+        environment = os.environ | {"MS_DEFORM_ATTN_CPU": variant}
+        subprocess.run([*emulator, str(source), str(target)], env=environment, check=True)
+        results = grad, value, locations, weights
+        flat = torch.frombuffer(bytearray(target.read_bytes()), dtype=value.dtype)
+        split = flat.split([t.numel() for t in results])
+        return [part.view(t.shape) for part, t in zip(split, results, strict=True)]
+
+    return run
+
+
+def reference_results(*tensors: Tensor) -> list[Tensor]:
+    *inputs, grad = tensors
+    output = ms_deform_attn(*inputs)
+    return [output, *torch.autograd.grad(output, (inputs[0], *inputs[3:]), grad)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_neon_matches_the_reference(run_on_arm, dtype, monkeypatch):
+    monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", "reference")
+    for sizes in SIZES[1::2]:
+        inputs = make_inputs(*sizes, dtype=dtype, seed=sum(sizes))
+        with torch.no_grad():
+            inputs[3][:, ::3] = math.nan
+        tensors = *inputs, torch.randn(sizes[0], sizes[1], sizes[2] * sizes[3], dtype=dtype)
+        tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+        assert_close(run_on_arm(*tensors), reference_results(*tensors), tolerance)
+
+
+def test_neon_multiplies_infinity_by_zero_as_the_reference(run_on_arm, monkeypatch):
+    """A location without any pixel samples the first one of its level, with weight 0."""
+    monkeypatch.setenv("MS_DEFORM_ATTN_BACKEND", "reference")
+    inputs = make_inputs(1, 12, 2, 8, 2, 2, dtype=torch.float32)
+    with torch.no_grad():
+        inputs[0][:, inputs[2]] = math.inf
+        inputs[3].copy_(0.5 + torch.rand(inputs[3].shape, generator=torch.manual_seed(0)) * 0.1)
+        inputs[3][0, :3] = torch.tensor([math.nan, -math.inf, -9]).view(3, 1, 1, 1, 1)
+    tensors = *inputs, torch.ones(1, 12, 16)
+    actual, expected = run_on_arm(*tensors), reference_results(*tensors)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    assert expected[0][:, :3].isnan().any() and expected[0][:, 3:].isfinite().all()
+
+
+def test_arm_has_no_other_variant(run_on_arm):
+    inputs = make_inputs(1, 2, 1, 2, 1, 1)
+    with pytest.raises(subprocess.CalledProcessError):
+        run_on_arm(*inputs, torch.ones(1, 2, 2, dtype=torch.float64), variant="avx2")
 
 
 @pytest.mark.parametrize("method", ["pip", "setup.py"])

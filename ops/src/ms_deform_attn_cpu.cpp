@@ -21,6 +21,11 @@
 #include <type_traits>
 
 #define INLINE __attribute__((always_inline)) inline
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, typename V::Mask{__VA_ARGS__})
+#endif
 #define API extern "C" __attribute__((visibility("default")))
 
 namespace {
@@ -40,6 +45,7 @@ struct Simd {
   static constexpr int64_t kLanes = std::max<int64_t>(kBytes / sizeof(A), 4);
   typedef A Vector __attribute__((vector_size(kLanes * sizeof(A)), aligned(sizeof(A)), may_alias));
   typedef A Four __attribute__((vector_size(4 * sizeof(A)), aligned(sizeof(A)), may_alias));
+  typedef decltype(Four{} < Four{}) Mask;
 };
 
 template <class V>
@@ -49,6 +55,13 @@ INLINE const typename V::Vector& load(const typename V::A* p) {
 template <class V>
 INLINE void store(typename V::A* p, const typename V::Vector& v) {
   *reinterpret_cast<typename V::Vector*>(p) = v;
+}
+
+// Fetches n elements ahead of their use. The tensors' rows of one head are M rows apart, too far
+// for the processor to do so by itself. No harm is done past the end of a tensor.
+template <class A>
+INLINE void fetch(const A* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLine / sizeof(A)) __builtin_prefetch(p + i);
 }
 
 template <class A>
@@ -90,8 +103,8 @@ struct Workspace {
   int32_t* offset;          // of the upper left pixel in `head`
   A* corner[4];             // attention weight times bilinear weight: 00, 01, 10, 11 as (y, x)
   A *fx, *fy, *inside;      // fractions; the attention weight where the location is inside, else 0
-  A *products, *dots;       // value * grad_output as vectors, for a query; their sums, for a block
-  A* query;                 // the channels of one query, padded
+  A* dots;                  // for each point, the four products of a pixel and grad_output
+  A* rows;                  // of grad_output for a block, or of the output, padded
   int64_t bytes = 0;
 
   Workspace(char* memory, const Extent& e) {
@@ -105,11 +118,10 @@ struct Workspace {
     for (A** p : {&width, &height, &x, &y, &a}) take(*p, points);
     for (int32_t** p : {&row, &level, &offset}) take(*p, points);
     for (A*& p : corner) take(p, points);
-    take(query, e.D_padded);
+    take(rows, e.block * e.D_padded);
     if (!e.backward) return;
     take(grad_head, e.head_elements);
     for (A** p : {&fx, &fy, &inside}) take(*p, points);
-    take(products, 4 * e.per_query * kLine / sizeof(A));
     take(dots, 4 * points);
   }
 };
@@ -132,6 +144,7 @@ INLINE void pack_head(const Problem<A> p, const Block at, A* out) {
       std::memset(out, 0, pixel * sizeof(A));
       out += pixel;
       for (int64_t x = 0; x < W; ++x, in += p.M * p.D, out += pixel) {
+        fetch(in + kAhead * p.M * p.D, p.D);
         if (p.D == pixel) {
           for (int64_t d = 0; d < pixel; d += V::kLanes) store<V>(out + d, load<V>(in + d));
         } else {
@@ -157,6 +170,7 @@ INLINE void unpack_grad(const Problem<A> p, const Block at, const A* in, A* grad
     in += (W + 3) * pixel;
     for (int64_t y = 0; y < H; ++y, in += 2 * pixel) {
       for (int64_t x = 0; x < W; ++x, in += pixel, out += p.M * p.D) {
+        fetch(out + kAhead * p.M * p.D, p.D);
         if (p.D == pixel) {
           for (int64_t d = 0; d < pixel; d += V::kLanes) store<V>(out + d, load<V>(in + d));
         } else {
@@ -196,6 +210,8 @@ INLINE void locate(const Problem<A> p, const Block at, const Workspace<A> w) {
   for (int64_t q = at.begin; q < at.end; ++q) {
     const int64_t from = (((at.b * p.Q + q) * p.M + at.m) * p.L + at.first) * p.P;
     const A *location = p.locations + 2 * from, *weight = p.weights + from;
+    fetch(location + 2 * kAhead * p.M * p.L * p.P, 2 * per_query);
+    fetch(weight + kAhead * p.M * p.L * p.P, per_query);
 #pragma omp simd
     for (int64_t i = 0; i < per_query; ++i) {
       x[i] = location[2 * i];
@@ -243,7 +259,8 @@ INLINE void gather(const Problem<A> p, const Block at, const Workspace<A> w, A* 
   const int64_t pixel = p.D_padded;
   for (int64_t q = at.begin; q < at.end; ++q) {
     A* out = output + ((at.b * p.Q + q) * p.M + at.m) * p.D;
-    A* sums = p.D == pixel ? out : w.query;
+    A* sums = p.D == pixel ? out : w.rows;
+    fetch(out + kAhead * p.M * p.D, p.D);
     const int64_t from = (q - at.begin) * per_query;
     for (int64_t d = 0; d < pixel; d += N * V::kLanes) {
       typename V::Vector left[N] = {}, right[N] = {};  // two chains of additions, for the pipeline
@@ -264,54 +281,65 @@ INLINE void gather(const Problem<A> p, const Block at, const Workspace<A> w, A* 
   }
 }
 
+// sums[c] = the sum of the lanes of vectors[c].
+template <class V>
+INLINE void sum_lanes(const typename V::Vector (&vectors)[4], typename V::Four& sums) {
+  using Four = typename V::Four;
+  auto add_pairs = [](const Four& a, const Four& b, Four& out) {
+    out = SHUFFLE(a, b, 0, 2, 4, 6) + SHUFFLE(a, b, 1, 3, 5, 7);
+  };
+  Four folded[4], halves[2];
+  for (int c = 0; c < 4; ++c) {
+    const Four* lanes = reinterpret_cast<const Four*>(&vectors[c]);
+    folded[c] = lanes[0];
+    if (V::kLanes > 4) folded[c] += lanes[1];
+    if (V::kLanes > 8) folded[c] += lanes[2] + lanes[3];
+  }
+  add_pairs(folded[0], folded[1], halves[0]);
+  add_pairs(folded[2], folded[3], halves[1]);
+  add_pairs(halves[0], halves[1], sums);
+}
+
 // Adds corner weight * grad_output to the four pixels of every point, and leaves in `dots` the
-// four products pixel . grad_output, from which the other gradients follow.
+// four products pixel . grad_output, from which the other gradients follow. Level by level, since
+// neighbouring queries often sample the same pixels, which then stay in the first-level cache.
 template <class V, int N, class A>
 INLINE void scatter(const Problem<A> p, const Block at, const Workspace<A> w, const A* grad_output) {
+  using Four = typename V::Four;
   const int64_t per_query = (at.last - at.first) * p.P;
-  const int64_t pixel = p.D_padded;
-  for (int64_t q = at.begin; q < at.end; ++q) {
-    const A* grad = grad_output + ((at.b * p.Q + q) * p.M + at.m) * p.D;
-    for (int64_t d = 0; d < p.D; d += kLine / sizeof(A)) {  // rows of one head are too far apart to be
-      __builtin_prefetch(grad + kAhead * p.M * p.D + d);  // fetched ahead by the processor itself
-    }
-    if (p.D != pixel) {
-      std::memcpy(w.query, grad, p.D * sizeof(A));
-      std::memset(w.query + p.D, 0, (pixel - p.D) * sizeof(A));
-      grad = w.query;
-    }
-    const int64_t from = (q - at.begin) * per_query;
-    for (int64_t d = 0; d < pixel; d += N * V::kLanes) {
-      typename V::Vector g[N];
-      for (int k = 0; k < N; ++k) g[k] = load<V>(grad + d + k * V::kLanes);
-      for (int64_t i = from; i < from + per_query; ++i) {
-        const int64_t corners[4] = {0, pixel, w.row[i], w.row[i] + pixel};
-        for (int c = 0; c < 4; ++c) {
-          const int64_t at_corner = w.offset[i] + d + corners[c];
-          const A weight = w.corner[c][i];
-          typename V::Vector product = {};
-          for (int k = 0; k < N; ++k) {
-            A* into = w.grad_head + at_corner + k * V::kLanes;
-            product += load<V>(w.head + at_corner + k * V::kLanes) * g[k];
-            store<V>(into, load<V>(into) + g[k] * weight);
+  const int64_t queries = at.end - at.begin, pixel = p.D_padded;
+  for (int64_t q = 0; q < queries; ++q) {
+    const A* grad = grad_output + ((at.b * p.Q + at.begin + q) * p.M + at.m) * p.D;
+    fetch(grad + kAhead * p.M * p.D, p.D);
+    A* row = w.rows + q * pixel;
+    std::memcpy(row, grad, p.D * sizeof(A));
+    std::memset(row + p.D, 0, (pixel - p.D) * sizeof(A));
+  }
+  for (int64_t level = 0; level < per_query; level += p.P) {
+    const int64_t corners[4] = {0, pixel, w.row[level], w.row[level] + pixel};
+    for (int64_t q = 0; q < queries; ++q) {
+      const int64_t from = q * per_query + level;
+      for (int64_t d = 0; d < pixel; d += N * V::kLanes) {
+        typename V::Vector g[N];
+        for (int k = 0; k < N; ++k) g[k] = load<V>(w.rows + q * pixel + d + k * V::kLanes);
+        for (int64_t i = from; i < from + p.P; ++i) {
+          const A* source = w.head + w.offset[i] + d;
+          A* target = w.grad_head + w.offset[i] + d;
+          typename V::Vector products[4] = {};
+          for (int c = 0; c < 4; ++c) {
+            const A weight = w.corner[c][i];
+            for (int k = 0; k < N; ++k) {
+              const int64_t to = corners[c] + k * V::kLanes;
+              products[c] += load<V>(source + to) * g[k];
+              store<V>(target + to, load<V>(target + to) + g[k] * weight);
+            }
           }
-          A* kept = w.products + (4 * (i - from) + c) * V::kLanes;
-          store<V>(kept, d == 0 ? product : load<V>(kept) + product);
+          Four sums;
+          sum_lanes<V>(products, sums);
+          Four& dots = reinterpret_cast<Four*>(w.dots)[i];
+          dots = d == 0 ? sums : dots + sums;
         }
       }
-    }
-    // Lanes are summed in two steps, so that the second is over many products at once.
-    using Four = typename V::Four;
-    for (int64_t i = 0; V::kLanes > 4 && i < 4 * per_query; ++i) {
-      const Four* lanes = reinterpret_cast<const Four*>(w.products + i * V::kLanes);
-      Four sum = lanes[0] + lanes[1];
-      if (V::kLanes == 16) sum += lanes[2] + lanes[3];
-      *reinterpret_cast<Four*>(w.products + 4 * i) = sum;
-    }
-    A *dots = w.dots + 4 * from, *sums = w.products;
-#pragma omp simd
-    for (int64_t i = 0; i < 4 * per_query; ++i) {
-      dots[i] = (sums[4 * i] + sums[4 * i + 1]) + (sums[4 * i + 2] + sums[4 * i + 3]);
     }
   }
 }
@@ -336,6 +364,8 @@ INLINE void store_grads(const Problem<A> p, const Block at, const Workspace<A> w
   for (int64_t q = at.begin; q < at.end; ++q) {
     const int64_t to = (((at.b * p.Q + q) * p.M + at.m) * p.L + at.first) * p.P;
     A *location = grad_locations + 2 * to, *weight = grad_weights + to;
+    fetch(location + 2 * kAhead * p.M * p.L * p.P, 2 * per_query);
+    fetch(weight + kAhead * p.M * p.L * p.P, per_query);
 #pragma omp simd
     for (int64_t i = 0; i < per_query; ++i) {
       location[2 * i] = x[i];
@@ -415,14 +445,22 @@ struct Kernel {
                    Workspace<A>&);
 };
 
-DEFINE_ITEMS(baseline, 16, )
+DEFINE_ITEMS(narrow, 16, )
 #if defined(__x86_64__)
 DEFINE_ITEMS(avx2, 32, __attribute__((target("avx2,fma"))))
 DEFINE_ITEMS(avx512, 64, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))))
 #endif
 
-enum Variant { kBaseline, kAvx2, kAvx512 };
+// Slowest first. The narrow one is for what the compiler assumes of every processor: SSE2, NEON.
+enum Variant { kNarrow, kAvx2, kAvx512 };
+#if defined(__aarch64__)
+constexpr const char* kNames[] = {"neon"};
+#elif defined(__x86_64__)
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+#else
+constexpr const char* kNames[] = {"baseline"};
+#endif
+constexpr int kVariants = sizeof(kNames) / sizeof(*kNames);
 
 bool is_supported(int variant) {
 #if defined(__x86_64__)
@@ -433,13 +471,13 @@ bool is_supported(int variant) {
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   }
 #endif
-  return variant == kBaseline;
+  return variant == kNarrow;
 }
 
 // The variant that MS_DEFORM_ATTN_CPU names, else the fastest; -1 if there is none of that name.
 int chosen_variant() {
   const char* name = std::getenv("MS_DEFORM_ATTN_CPU");
-  for (int variant = kAvx512; variant >= kBaseline; --variant) {
+  for (int variant = kVariants - 1; variant >= 0; --variant) {
     const bool is_wanted = !name || !*name || !std::strcmp(name, kNames[variant]);
     if (is_wanted && is_supported(variant)) return variant;
   }
@@ -448,7 +486,7 @@ int chosen_variant() {
 
 // As many vectors at a time as the registers hold, and no more than D fills.
 template <class A>
-Kernel<A> choose_kernel(int variant, int64_t D) {
+Kernel<A> choose_kernel([[maybe_unused]] int variant, int64_t D) {
 #if defined(__x86_64__)
   if (variant == kAvx512) {
     return D > kernel_avx512<A, 1>.step ? kernel_avx512<A, 2> : kernel_avx512<A, 1>;
@@ -458,8 +496,8 @@ Kernel<A> choose_kernel(int variant, int64_t D) {
     return D > kernel_avx2<A, 1>.step ? kernel_avx2<A, 2> : kernel_avx2<A, 1>;
   }
 #endif
-  if (D > kernel_baseline<A, 2>.step) return kernel_baseline<A, 4>;
-  return D > kernel_baseline<A, 1>.step ? kernel_baseline<A, 2> : kernel_baseline<A, 1>;
+  if (D > kernel_narrow<A, 2>.step) return kernel_narrow<A, 4>;
+  return D > kernel_narrow<A, 1>.step ? kernel_narrow<A, 2> : kernel_narrow<A, 1>;
 }
 
 enum Status { kOk = 0, kOutOfMemory = 1, kTooLarge = 2, kUnknownVariant = 3 };
@@ -532,7 +570,7 @@ API int ms_deform_attn_cpu_abi() { return 2; }
 
 // Whether this processor runs the variant of that name.
 API int ms_deform_attn_cpu_supports(const char* name) {
-  for (int variant = kBaseline; variant <= kAvx512; ++variant) {
+  for (int variant = 0; variant < kVariants; ++variant) {
     if (!std::strcmp(name, kNames[variant])) return is_supported(variant);
   }
   return 0;
