@@ -28,13 +28,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import describe_machine, milliseconds
+from benchmarks.step_worker import BUILDERS
 from engine import AMP_DTYPES
 from models.errors import UserError
-from util.config import ALIASES, Config, parse_command_line
+from util.config import ALIASES, FIXED, RETIRED, Config, parse_command_line
 from util.distributed import choose_device
 
 MODES = ["eval", "train"]
-WARM_UPS = 2
 
 
 class Side:
@@ -80,18 +80,21 @@ class Ceilings:
         for name, run in self.runs.items():
             self.times[name].append(milliseconds(run, self.device))
 
-    def per_ms(self) -> dict[str, float]:
-        return {k: self.flops[k] / statistics.median(times) for k, times in self.times.items()}
+    def flops_per_ms(self) -> dict[str, float]:
+        return {name: self.flops[name] / min(times) for name, times in self.times.items()}
 
 
 def released_values(cfg: Config) -> dict:
-    """The config under the names that its options have in the released code."""
-    values = dataclasses.asdict(cfg)
+    """All options of the released code."""
+    if cfg.modelname not in BUILDERS:
+        raise UserError(f"released: it has to be one of {', '.join(BUILDERS)}, not {cfg.modelname}")
+    values = dict.fromkeys(RETIRED) | FIXED | dataclasses.asdict(cfg)
     values |= {old: values[new] for old, new in ALIASES.items()}
     selects, learns = cfg.query_selection != "static", cfg.query_selection == "mixed"
     values |= {"two_stage": selects, "two_stage_type": "standard" if selects else "no"}
     values |= {"use_mqs": learns, "embed_init_tgt": learns}
-    return {k: v for k, v in values.items() if v is not None}
+    values["num_classes"] = values["dn_labelbook_size"] = cfg.num_labels
+    return values | {"device": "cpu", "dataset_file": "coco"}
 
 
 def start_sides(args: argparse.Namespace, options: list[str], device: str, mode: str) -> list[Side]:
@@ -109,36 +112,40 @@ def start_sides(args: argparse.Namespace, options: list[str], device: str, mode:
 
 
 def measure(sides: list[Side], device: torch.device, repeats: int) -> list[dict]:
-    """An entry for each side, after which the sides have ended."""
+    """An entry for each side, whose process then ends."""
     ceilings = {side.dtype: Ceilings(device, side.dtype) for side in sides}
-    times: dict[Side, list[float]] = {side: [] for side in sides}
-    for _ in range(WARM_UPS + repeats):
+    runs: dict[Side, list[dict]] = {side: [] for side in sides}
+    for i in range(1 + repeats):
         for side in sides:
-            times[side].append(side.ask("run")["ms"])
+            answer = side.ask("run")
+            runs[side] += [answer] if i else []  # the first is a warm-up
         for ceiling in ceilings.values():
             ceiling.measure()
-    entries = []
-    for side in sides:
-        ms = times[side][WARM_UPS:]
-        entry = {"side": side.label, "median_ms": statistics.median(ms), "times_ms": ms}
-        entry |= {"images_per_s": 1e3 * side.images / entry["median_ms"], **side.ask("finish")}
-        if flops := entry.get("flops"):
-            per_ms = ceilings[side.dtype].per_ms()
-            products = flops.get("matrix product", 0) + flops.get("attention", 0)
-            floor = products / per_ms["product"] + flops["convolution"] / per_ms["convolution"]
-            entry |= {"floor_ms": floor, "flops_per_ms": per_ms}
-        entries.append(entry)
-        side.process.communicate()  # without a further command it ends
-    return entries
+    return [summary(side, runs[side], ceilings[side.dtype]) for side in sides]
+
+
+def summary(side: Side, runs: list[dict], ceiling: Ceilings) -> dict:
+    ms = statistics.median(run["ms"] for run in runs)
+    entry = {"side": side.label, "median_ms": ms, "images_per_s": 1e3 * side.images / ms}
+    entry |= {"min_ms": min(run["ms"] for run in runs), "runs": runs, **side.ask("finish")}
+    entry["median_cpu_ms"] = statistics.median(run["cpu_ms"] for run in runs)
+    side.process.communicate()  # without a further command it ends
+    if flops := entry.get("flops"):
+        entry["flops_per_ms"] = per_ms = ceiling.flops_per_ms()
+        products = flops.get("matrix product", 0) + flops.get("attention", 0)
+        entry["floor_ms"] = products / per_ms["product"]
+        entry["floor_ms"] += flops.get("convolution", 0) / per_ms["convolution"]
+    return entry
 
 
 def print_rows(mode: str, entries: list[dict]) -> None:
     for entry in entries:
-        median, floor = entry["median_ms"], entry.get("floor_ms")
-        cells = [mode, entry["side"], f"{median:.1f} ms", f"{min(entry['times_ms']):.1f} ms"]
+        times = [entry[key] for key in ("median_ms", "min_ms", "median_cpu_ms")]
+        cells = [mode, entry["side"], *(f"{ms:.1f} ms" for ms in times)]
         cells += [f"{entry['images_per_s']:.2f}", f"{entry['peak_MiB']:.0f} MiB"]
-        cells += [f"{floor:.1f} ms, {floor / median:.0%}" if floor else "-"]
-        print(f"| {' | '.join(cells)} | {entries[0]['median_ms'] / median:.2f} |")
+        floor, ratio = entry.get("floor_ms"), entries[0]["median_ms"] / entry["median_ms"]
+        cells += [f"{floor:.1f} ms, {floor / entry['min_ms']:.0%}" if floor else "-"]
+        print(f"| {' | '.join(cells)} | {ratio:.2f} |", flush=True)
 
 
 def main() -> None:
@@ -153,7 +160,7 @@ def main() -> None:
     add("--size", nargs=2, type=int, default=[480, 640], metavar=("H", "W"), help="of the images")
     add("--mode", nargs="+", choices=MODES, default=MODES, help="what to time; default: both")
     add("--objects", type=int, default=20, metavar="N", help="in every image")
-    add("--repeats", type=int, default=5, metavar="N", help="after two steps that are not counted")
+    add("--repeats", type=int, default=5, metavar="N", help="after a warm-up; default: 5")
     text = "a model with further options, e.g. --side= --side='--amp --batch_size 4'"
     add("--side", action="append", metavar="OPTIONS", help=text)
     text = "an unmodified checkout of DN-DETR or DINO; its op runs in PyTorch"
@@ -169,8 +176,9 @@ def main() -> None:
         machine = describe_machine(device.type)
         report |= {"machine": machine, "torch": torch.__version__, "modes": {}}
         print(f"{machine['name']}, {machine['threads']} threads, torch {torch.__version__}")
-        print("| step | side | median | minimum | images/s | peak memory | floor, its share | x |")
-        print("|---" * 8 + "|")
+        columns = "step", "side", "median", "minimum", "CPU time", "images/s", "peak memory"
+        columns += "floor and its share of the minimum", "times as fast as the first"
+        print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
         for mode in args.mode:
             sides = start_sides(args, options, str(device), mode)
             report["modes"][mode] = measure(sides, device, args.repeats)

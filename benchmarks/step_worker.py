@@ -7,14 +7,17 @@ Answers each line of standard input with a line of JSON: "run" takes one step an
 reports memory and, for this repository, FLOPs.
 """
 
+import importlib
 import json
 import os
 import re
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
+from time import process_time
 
 import torch
 import torchvision
@@ -59,69 +62,72 @@ def ours(job: dict) -> Callable[[], Callable]:
     return build
 
 
+BUILDERS = {
+    "dino": "build_dino",
+    "dn_dab_detr": "build_DABDETR",
+    "dn_dab_deformable_detr": "build_dab_deformable_detr",
+}
+
+
 def released(job: dict) -> Callable[[], Callable]:
-    """The same of a checkout of DN-DETR or DINO, on the CPU. Options that exist there under the
-    same name get our values; its deformable attention is its own one in PyTorch."""
-    sys.path[:] = [job["released"], *sys.path[2:]]  # without this repository
-    os.chdir(job["released"])
-    torchvision.__version__ = "0.9.0"  # of which they compare three characters with 0.7
+    """The same for a checkout of DINO or DN-DETR, on the CPU, without main.py and engine.py, which
+    import much that is not needed. Deformable attention is its own in PyTorch."""
+    sys.path[:2] = [job["released"]]  # instead of this repository and this folder
+    warnings.simplefilter("ignore")  # about functions of old versions
+    torchvision.__version__ = "0.9"  # they compare its first three characters with 0.7
     sys.modules["MultiScaleDeformableAttention"] = types.ModuleType("compiled")
-    to = torch.Tensor.to
-    on_cpu = lambda x: "cpu" if isinstance(x, str) and x == "cuda" else x
+    to, on_cpu = torch.Tensor.to, lambda x: "cpu" if isinstance(x, str) else x
     torch.Tensor.to = lambda self, *args, **kwargs: to(self, *map(on_cpu, args), **kwargs)
     torch.Tensor.cuda = lambda self: self
-    import util.misc
-
-    util.misc.is_main_process = lambda: False  # which loads no pretrained backbone
-    import engine
-    import main
-
-    for name, module in list(sys.modules.items()):
-        if name.endswith("ms_deform_attn_func"):
-            core = module.ms_deform_attn_core_pytorch
-            forward = lambda value, shapes, starts, *rest, f=core: f(value, shapes, *rest[:2])
-            module.MSDeformAttnFunction.apply = forward
+    misc = importlib.import_module("util.misc")
+    misc.is_main_process = lambda: False  # which downloads no backbone
+    models = importlib.import_module("models")
+    for name in [name for name in sys.modules if name.endswith("ms_deform_attn_func")]:
+        run_in_pytorch(sys.modules[name])
 
     def build() -> Callable:
-        values = job["values"]
-        parser = main.get_args_parser()
-        if (config := Path("config/DINO/DINO_4scale.py")).exists():
-            from util.slconfig import SLConfig
-
-            args = parser.parse_args(["-c", str(config)])
-            vars(args).update(SLConfig.fromfile(str(config))._cfg_dict.to_dict())
-        else:
-            args = parser.parse_args(["-m", values["modelname"], "--coco_path", ""])
-        vars(args).update({k: v for k, v in values.items() if k in vars(args)})
-        args.use_ema = args.onecyclelr = args.amp = False
+        args = types.SimpleNamespace(**job["values"])
         torch.manual_seed(args.seed)
-        model, criterion, postprocess = main.build_model_main(args)
+        model, criterion, postprocess = getattr(models, BUILDERS[args.modelname])(args)
         images, targets = random_batch(job["images"], job["size"], job["objects"], 91)
-        samples = util.misc.nested_tensor_from_tensor_list(images)
-        if job["mode"] == "train":
-            groups: tuple[list, list] = [], []
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    groups["backbone" in name].append(parameter)
-            rates = [{"params": groups[0]}, {"params": groups[1], "lr": args.lr_backbone}]
-            optimizer = torch.optim.AdamW(rates, lr=args.lr, weight_decay=args.weight_decay)
-            loop = model, criterion, [(samples, targets)], optimizer, torch.device("cpu"), 0
-            return lambda: engine.train_one_epoch(*loop, args.clip_max_norm, args=args)
-        model.eval()
-        is_dn_detr = "dn_args" in type(model).forward.__code__.co_varnames
-        sizes = torch.stack([t["orig_size"] for t in targets])
+        samples, parameters = misc.nested_tensor_from_tensor_list(images), [[], []]
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameters["backbone" in name].append(parameter)
+        groups = [{"params": parameters[0]}, {"params": parameters[1], "lr": args.lr_backbone}]
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+        sizes, is_dino = torch.stack([t["orig_size"] for t in targets]), args.modelname == "dino"
+        noise = args.scalar, args.label_noise_scale, args.box_noise_scale, args.num_patterns
+
+        def train() -> None:
+            if is_dino:
+                losses = criterion(model(samples, targets), targets)
+            else:
+                outputs, denoising = model(samples, dn_args=(targets, *noise))
+                losses = criterion(outputs, targets, denoising)
+            weights = criterion.weight_dict
+            loss = sum(losses[name] * weights[name] for name in losses if name in weights)
+            loss.item()  # for its log
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_max_norm)
+            optimizer.step()
 
         @torch.no_grad()
         def evaluate() -> None:
-            if is_dn_detr:
-                outputs, _ = model(samples, dn_args=args.num_patterns)
-            else:
-                outputs = model(samples)
+            outputs = model(samples) if is_dino else model(samples, dn_args=args.num_patterns)[0]
             postprocess["bbox"](outputs, sizes)
 
-        return evaluate
+        model.train(job["mode"] == "train")
+        return train if model.training else evaluate
 
     return build
+
+
+def run_in_pytorch(module: types.ModuleType) -> None:
+    core = module.ms_deform_attn_core_pytorch
+    apply = lambda value, shapes, _, locations, weights, __: core(value, shapes, locations, weights)
+    module.MSDeformAttnFunction.apply = apply
 
 
 def resident(what: str) -> int:
@@ -141,7 +147,9 @@ def main() -> None:
         print(json.dumps(answer), file=answers, flush=True)
         command = sys.stdin.readline().strip()
         if command == "run":
+            before_step = process_time()
             answer = {"ms": milliseconds(step, device)}
+            answer["cpu_ms"] = 1e3 * (process_time() - before_step)
         elif command == "finish":
             on_gpu = device.type == "cuda"
             peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM") - before
