@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.common import describe_machine, milliseconds
+from benchmarks.common import describe_machine, seconds
 from benchmarks.step_worker import BUILDERS
 from engine import AMP_DTYPES
 from models.errors import UserError
@@ -78,9 +78,11 @@ class Ceilings:
 
     def measure(self) -> None:
         for name, run in self.runs.items():
-            self.times[name].append(milliseconds(run, self.device))
+            start = seconds(self.device)
+            run()
+            self.times[name].append(seconds(self.device) - start)
 
-    def flops_per_ms(self) -> dict[str, float]:
+    def flops_per_s(self) -> dict[str, float]:
         return {name: self.flops[name] / min(times) for name, times in self.times.items()}
 
 
@@ -131,10 +133,10 @@ def summary(side: Side, runs: list[dict], ceiling: Ceilings) -> dict:
     entry["median_cpu_ms"] = statistics.median(run["cpu_ms"] for run in runs)
     side.process.communicate()  # without a further command it ends
     if flops := entry.get("flops"):
-        entry["flops_per_ms"] = per_ms = ceiling.flops_per_ms()
+        entry["flops_per_s"] = rates = ceiling.flops_per_s()
         products = flops.get("matrix product", 0) + flops.get("attention", 0)
-        entry["floor_ms"] = products / per_ms["product"]
-        entry["floor_ms"] += flops.get("convolution", 0) / per_ms["convolution"]
+        floor = products / rates["product"] + flops.get("convolution", 0) / rates["convolution"]
+        entry["floor_ms"] = 1e3 * floor
     return entry
 
 

@@ -4,7 +4,6 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from time import perf_counter
@@ -84,14 +83,21 @@ def flops_by_kind(counter: FlopCounterMode) -> Counter[str]:
     return kinds
 
 
-def milliseconds(run: Callable, device: torch.device) -> float:
-    """The time until `run` and all work that it starts on a GPU are done."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = perf_counter()
-    run()
-    synchronize()
-    return 1e3 * (perf_counter() - start)
+def seconds(device: torch.device) -> float:
+    """A clock that is read when all work on a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """Bytes now and at their peak: those that torch allocates on a GPU, and on a CPU those resident
+    in this process; Linux."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    now, peak = (re.search(rf"{name}:\s+(\d+)", status)[1] for name in ("VmRSS", "VmHWM"))
+    return 1024 * int(now), 1024 * int(peak)
 
 
 def describe_machine(device: str) -> dict:

@@ -10,7 +10,6 @@ reports memory and, for this repository, FLOPs.
 import importlib
 import json
 import os
-import re
 import sys
 import types
 import warnings
@@ -23,7 +22,7 @@ import torch
 import torchvision
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.common import count_flops, flops_by_kind, milliseconds, random_batch
+from benchmarks.common import count_flops, flops_by_kind, memory, random_batch, seconds
 
 
 def ours(job: dict) -> Callable[[], Callable]:
@@ -130,30 +129,25 @@ def run_in_pytorch(module: types.ModuleType) -> None:
     module.MSDeformAttnFunction.apply = apply
 
 
-def resident(what: str) -> int:
-    """This process's VmRSS, or its peak VmHWM, in bytes; Linux."""
-    return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
 def main() -> None:
     job = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
     build = (released if job["released"] else ours)(job)
-    device, before = torch.device(job["device"]), resident("VmRSS")
+    device = torch.device(job["device"])
+    before, _ = memory(device)
     step = build()
     answer: dict = {}  # that it is built
     while True:
         print(json.dumps(answer), file=answers, flush=True)
         command = sys.stdin.readline().strip()
         if command == "run":
-            before_step = process_time()
-            answer = {"ms": milliseconds(step, device)}
-            answer["cpu_ms"] = 1e3 * (process_time() - before_step)
+            cpu_start, start = process_time(), seconds(device)
+            step()
+            end, cpu_end = seconds(device), process_time()
+            answer = {"ms": 1e3 * (end - start), "cpu_ms": 1e3 * (cpu_end - cpu_start)}
         elif command == "finish":
-            on_gpu = device.type == "cuda"
-            peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM") - before
-            answer = {"peak_MiB": peak / 2**20}
+            answer = {"peak_MiB": (memory(device)[1] - before) / 2**20}
             if not job["released"]:
                 with torch.compiler.set_stance("force_eager"), count_flops() as counter:
                     step()
