@@ -165,7 +165,7 @@ def main() -> None:
     add("--repeats", type=int, default=5, metavar="N", help="after a warm-up; default: 5")
     text = "a model with further options, e.g. --side= --side='--amp --batch_size 4'"
     add("--side", action="append", metavar="OPTIONS", help=text)
-    text = "an unmodified checkout of DN-DETR or DINO; its op runs in PyTorch"
+    text = "a checkout of DN-DETR or DINO, whose operator runs in PyTorch"
     add("--released", type=Path, metavar="DIR", help=text)
     add("--json", type=Path, metavar="FILE", help="write everything measured")
     args, options = parser.parse_known_args()

@@ -5,7 +5,8 @@
 Takes main.py's options. FLOPs are multiply-adds, as in papers on DETRs; torch counts twice as many.
 They include convolutions, matrix products, attention and deformable sampling, for which see
 `sampling_flops` in common.py, and no elementwise operations. The decoder includes the box heads
-that refine its anchors. One image, random like the weights; memory is as in bench_step.py.
+that refine its anchors. Weights and the --eval_batch_size images are random; memory is as in
+bench_step.py.
 """
 
 import argparse
@@ -21,21 +22,12 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.common import (
-    count_flops,
-    describe_machine,
-    flops_by_kind,
-    memory,
-    random_batch,
-    seconds,
-)
-from engine import autocast
-from models import build_model
+from benchmarks.common import count_flops, describe_machine, flops_by_kind, memory, seconds
+from benchmarks.steps import make_step
 from models.detector import Detector
 from models.errors import UserError
-from models.nested_tensor import nested_tensor_from_tensor_list
 from util.config import parse_command_line
-from util.distributed import choose_device, seed_everything
+from util.distributed import choose_device
 
 # Giga multiply-adds, averaged over images of COCO val2017, and million parameters, in the papers.
 PUBLISHED = {"dino_4scale_r50": (279, 47), "dn_dab_detr_r50": (94, 44)}
@@ -100,21 +92,8 @@ def profile(options: list[str], size: tuple[int, int], repeats: int) -> dict:
     """What is printed, in multiply-adds, milliseconds and MiB."""
     cfg = parse_command_line(options)
     device = choose_device(cfg.device)
-    seed_everything(cfg.seed)
     before, _ = memory(device)
-    model, _, postprocess = build_model(cfg)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    model.to(device).eval().requires_grad_(False)
-    [image], _ = random_batch(1, size, 0, cfg.num_labels)
-    images, sizes = nested_tensor_from_tensor_list([image.to(device)]), torch.tensor([size])
-    sizes = sizes.to(device)
-
-    @torch.no_grad()
-    def run() -> None:
-        with autocast(device, cfg):
-            outputs = model(images)
-        postprocess(outputs, sizes)
-
+    model, run = make_step("eval", cfg, device, size, num_objects=0)
     stages = Stages(model)
     run()
     clock = lambda: seconds(device)
@@ -125,7 +104,6 @@ def profile(options: list[str], size: tuple[int, int], repeats: int) -> dict:
     return {
         "machine": describe_machine(device.type),
         "parameters": parameters_by_part(model),
-        "trained_parameters": trained,
         "multiply_adds": {stage: flops[stage] // 2 for stage in runs[0]},
         "multiply_adds_by_kind": {k: n // 2 for k, n in flops_by_kind(counter).items()},
         "median_ms": {s: 1e3 * statistics.median(r[s] for r in runs) for s in runs[0]},
@@ -144,9 +122,8 @@ def show(report: dict, published: tuple[int, int] | None) -> None:
     kinds = report["multiply_adds_by_kind"].items()
     print("multiply-adds:", ", ".join(f"{kind} {n / 1e9:.2f} G" for kind, n in kinds))
     parts = report["parameters"]
-    trained = millions(report["trained_parameters"])
-    print(f"parameters: {millions(sum(parts.values()))}, of which {trained} are trained:", end=" ")
-    print(", ".join(f"{part} {millions(n)}" for part, n in parts.items()))
+    each = ", ".join(f"{part} {millions(n)}" for part, n in parts.items())
+    print(f"parameters: {millions(sum(parts.values()))}: {each}")
     print(f"peak memory: {report['peak_MiB']:.0f} MiB")
     if published:
         print(f"published: {published[0]} G, {published[1]} M; see benchmarks/README.md")
@@ -161,7 +138,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("-c", "--config_file", required=True, metavar="FILE", help="config file; see configs/")
-    add("--size", nargs=2, type=int, default=[800, 1333], metavar=("H", "W"), help="of the image")
+    add("--size", nargs=2, type=int, default=[800, 1333], metavar=("H", "W"), help="of the images")
     add("--repeats", type=int, default=5, metavar="N", help="after a warm-up; default: 5")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     args, options = parser.parse_known_args()

@@ -1,7 +1,7 @@
 """One side of bench_step.py, in its own process, as two sides have modules of the same names and
 memory is counted by process.
 
-    python benchmarks/step_worker.py JOB       # JSON; see `main` of bench_step.py
+    python benchmarks/step_worker.py JOB       # JSON; see bench_step.py
 
 Answers each line of standard input with a line of JSON: "run" takes one step and times it, "finish"
 reports memory and, for this repository, FLOPs.
@@ -14,7 +14,6 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
-from itertools import repeat
 from pathlib import Path
 from time import process_time
 
@@ -27,38 +26,12 @@ from benchmarks.common import count_flops, flops_by_kind, memory, random_batch, 
 
 def ours(job: dict) -> Callable[[], Callable]:
     """Imports this repository; returns what builds the model and returns a step."""
-    from engine import autocast, to_device, train_steps
-    from models import build_model
-    from models.class_map import ClassMap
-    from models.nested_tensor import nested_tensor_from_tensor_list
-    from train_state import TrainState
+    from benchmarks.steps import make_step
     from util.config import parse_command_line
-    from util.distributed import choose_device, seed_everything
+    from util.distributed import choose_device
 
     cfg, device = parse_command_line(job["options"]), choose_device(job["device"])
-
-    def build() -> Callable:
-        seed_everything(cfg.seed)
-        model, criterion, postprocess = build_model(cfg)
-        classes = ClassMap.identity([{"id": i} for i in range(cfg.num_labels)], cfg.num_labels)
-        state = TrainState(cfg, model.to(device), classes)
-        images, targets = random_batch(job["images"], job["size"], job["objects"], cfg.num_labels)
-        batch = nested_tensor_from_tensor_list(images), targets
-        if job["mode"] == "train":
-            steps = train_steps(state, model, criterion, repeat(batch))
-            return lambda: next(steps)
-        model.eval().requires_grad_(False)  # FlopCounterMode's hooks fail under no_grad otherwise
-
-        @torch.no_grad()
-        def evaluate() -> None:
-            images, targets = to_device(batch, device)
-            with autocast(device, cfg):
-                outputs = model(images)
-            postprocess(outputs, torch.stack([t["orig_size"] for t in targets]).to(device))
-
-        return evaluate
-
-    return build
+    return lambda: make_step(job["mode"], cfg, device, job["size"], job["objects"])[1]
 
 
 BUILDERS = {
