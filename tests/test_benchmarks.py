@@ -1,6 +1,8 @@
 """The benchmarks of whole models, on the toy DINO."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,13 @@ def test_released_needs_a_model_of_that_code(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, bench_step, tmp_path / "step.json", *more)
     assert "released: it has to be one of" in capsys.readouterr().err
+
+
+def test_needs_only_what_models_need():
+    names = "pycocotools", "tensorboard", "matplotlib", "submitit"
+    code = f"import sys; sys.modules.update(dict.fromkeys({names}))\n"  # imports of these fail
+    code += "import benchmarks.bench_step, benchmarks.profile_model, benchmarks.steps"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_batches_are_always_the_same():
