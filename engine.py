@@ -1,17 +1,18 @@
 """One optimiser step after another, and one evaluation."""
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from datasets.coco_eval import CocoEvaluator
 from models.criterion import SetCriterion
 from models.nested_tensor import NestedTensor
 from models.postprocess import PostProcess
@@ -20,6 +21,9 @@ from util.config import Config
 from util.distributed import gather, gather_to_rank0, on_rank0, sum_over_processes, world_size
 from util.logging import Averages, ProgressBar
 from util.matching_log import MatchingLog
+
+if TYPE_CHECKING:  # training steps do without pycocotools
+    from datasets.coco_eval import CocoEvaluator
 
 logger = logging.getLogger(__name__)
 

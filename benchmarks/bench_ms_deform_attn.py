@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.common import describe_machine
 from ops import ms_deform_attn, native
 
 M, D, P = 8, 32, 4
@@ -222,22 +223,6 @@ def peak_memory(function: Callable, shape: tuple) -> float:
         before = peak()
         run()
     return (peak() - before) / 1024
-
-
-def describe_machine(device: str) -> dict:
-    if device == "cuda":
-        name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
-    else:
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = model[1] if model else platform.processor()
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "name": name,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "memory_GiB": round(memory / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
 
 
 def measure(functions: dict[str, Callable], device: str, repetitions: int) -> list[dict]:

@@ -11,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models.errors import UserError
@@ -103,6 +102,8 @@ class RunLog:
     Removes lines from `first_epoch` on, left by an earlier process: these epochs are redone."""
 
     def __init__(self, output_dir: str | Path, first_epoch: int = 0):
+        from torch.utils.tensorboard import SummaryWriter  # only runs that are saved need it
+
         self.path = Path(output_dir) / "log.txt"
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
