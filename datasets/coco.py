@@ -1,5 +1,6 @@
 """Data sets in COCO's instances format; their errors are reported when they are loaded."""
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2.functional import clamp_bounding_boxes
 
 from datasets.transforms import DropEmptyBoxes, eval_transforms, train_transforms
@@ -36,7 +38,12 @@ def read_image(path: str | Path, size: tuple[float, float] | None = None) -> Ten
     try:
         with Image.open(path) as image:
             stored = (image.height, image.width)
-            swaps_sides = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            if image.format == "JPEG" and orientation == 1:
+                with contextlib.suppress(RuntimeError):  # PIL's messages are clearer
+                    # The same pixels in less time than with PIL.
+                    return decode_jpeg(read_file(str(path)), ImageReadMode.RGB)
+            swaps_sides = orientation in (5, 6, 7, 8)
             if not swaps_sides or size != stored or stored[0] == stored[1]:
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16 bits; PIL would clip at 255

@@ -1,5 +1,6 @@
 """From an image to a detector's input."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -16,8 +17,10 @@ def preprocess(image: Tensor, size: int = 800, max_size: int | None = 1333) -> T
 
 def normalize(image: Tensor) -> Tensor:
     """(3, H, W) uint8 -> float32 with ImageNet's mean and standard deviation."""
-    # Contiguous first: arithmetic on channels-last floats is several times slower.
-    image = F.to_dtype(image.contiguous(), torch.float32, scale=True)
+    # Contiguous first: arithmetic on channels-last floats is several times slower. NumPy copies
+    # single bytes in half of torch's time.
+    planes = np.ascontiguousarray(image) if image.device.type == "cpu" else image.contiguous()
+    image = F.to_dtype(torch.as_tensor(planes), torch.float32, scale=True)
     return F.normalize(image, IMAGENET_MEAN, IMAGENET_STD, inplace=True)
 
 
