@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from simplejpeg import decode_jpeg
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2.functional import clamp_bounding_boxes
 
 from datasets.transforms import DropEmptyBoxes, eval_transforms, train_transforms
@@ -39,10 +39,10 @@ def read_image(path: str | Path, size: tuple[float, float] | None = None) -> Ten
         with Image.open(path) as image:
             stored = (image.height, image.width)
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            if image.format == "JPEG" and orientation == 1:
-                with contextlib.suppress(RuntimeError):  # PIL's messages are clearer
-                    # The same pixels in less time than with PIL.
-                    return decode_jpeg(read_file(str(path)), ImageReadMode.RGB)
+            if image.format == "JPEG" and image.mode == "RGB" and orientation == 1:
+                with contextlib.suppress(ValueError):  # a broken file, which PIL may still read
+                    pixels = decode_jpeg(Path(path).read_bytes())  # PIL's pixels in less time
+                    return torch.from_numpy(pixels).permute(2, 0, 1)
             swaps_sides = orientation in (5, 6, 7, 8)
             if not swaps_sides or size != stored or stored[0] == stored[1]:
                 ImageOps.exif_transpose(image, in_place=True)
