@@ -39,7 +39,9 @@ class CocoEvaluator:
         """Combine the `results` of several processes, in the data set's order, which determines the
         figures if scores are equal."""
         results = {id_: result for part in parts for id_, result in part.items()}
-        self.results = {id_: results[id_] for id_ in self.dataset.image_ids if id_ in results}
+        self.results = {
+            id_: results[id_] for id_ in self.dataset.image_ids.tolist() if id_ in results
+        }
 
     @property
     def detections(self) -> list[dict[str, Any]]:

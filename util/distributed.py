@@ -2,8 +2,12 @@
 
 import os
 import random
+import socket
+import tempfile
+import uuid
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,6 +102,38 @@ def on_rank0(function: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def once_per_node(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Call `function` in one process of each node; all processes of the node get its result, whose
+    arrays are then read-only and share their memory. All processes raise the first UserError.
+
+    A node is one machine with one directory for temporary files, where the arrays are stored until
+    all processes have mapped them into memory. Other values are pickled.
+    """
+    if world_size() == 1:
+        return function()
+    place = os.stat(tempfile.gettempdir())
+    nodes = gather((socket.gethostname(), uuid.getnode(), place.st_dev, place.st_ino))
+    leader, small, error = nodes.index(nodes[rank()]), {}, None
+    with tempfile.TemporaryDirectory() as directory:
+        if rank() == leader:
+            try:
+                small = function()
+            except UserError as e:
+                error = str(e)
+            arrays = [key for key, value in small.items() if isinstance(value, np.ndarray)]
+            for key in arrays:
+                np.save(f"{directory}/{key}.npy", small.pop(key))
+        outcomes = gather((error, small, directory))
+        for error, _, _ in outcomes:
+            if error is not None:
+                raise UserError(error)
+        _, small, directory = outcomes[leader]
+        files = Path(directory).iterdir()
+        arrays = {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in files}
+        gather(None)  # before the files are removed
+    return small | arrays
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
