@@ -3,7 +3,9 @@ and resizes with PIL: `python benchmarks/bench_data.py`. CPU time, median of int
 
 import argparse
 import json
+import platform
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -113,8 +115,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11, metavar="N")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cpu = next(x for x in open("/proc/cpuinfo") if x.startswith("model name")).split(": ")[1]
-    print(f"{cpu.strip()}, one thread")
+    cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    print(f"{cpu.group(1) if cpu else platform.processor()}, one thread")
     with tempfile.TemporaryDirectory() as directory:
         if not args.coco_path:
             make_images(Path(directory))
@@ -133,7 +135,8 @@ def main() -> None:
                     times[name].append(cpu_time(side, count))
             pil, ours = (statistics.median(times[name]) for name in sides)
             ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
-            print(f"{split}: PIL {1000 / pil:.0f} images/s, ours {1000 / ours:.0f}, {ratio:.2f} times")
+            rates = f"PIL {1000 / pil:.0f} images/s, ours {1000 / ours:.0f}"
+            print(f"{split}: {rates}, {ratio:.2f} times as many")
             stages = by_stage(dataset.__getitem__, count)
             stages["collate"] = cpu_time(pair, count) / 2 - ours
             print("  ms: " + ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items()))
