@@ -95,12 +95,10 @@ def measure(rank: int, args: argparse.Namespace, root: Path) -> None:
     figures = gather((before, peak * 1024, own, int(sum(memory))))
     if rank == 0:
         before, peaks, own, workers = zip(*figures, strict=True)
-        print(f"{args.processes} processes with {args.workers} workers each: {seconds:.1f} s; peak")
-        print(
-            f"RSS {max(peaks) / MB:,.0f} MB in one, {sum(peaks) / MB:,.0f} MB in all; then PSS of"
-        )
-        print(f"all {sum(own) / MB:,.0f} MB (before loading {sum(before) / MB:,.0f} MB), of their")
-        print(f"workers {sum(workers) / MB:,.0f} MB")
+        print(f"{args.processes} processes with {args.workers} workers each: {seconds:.1f} s")
+        print(f"peak RSS: {max(peaks) / MB:,.0f} MB in one, {sum(peaks) / MB:,.0f} MB in all")
+        print(f"PSS: {sum(before) / MB:,.0f} MB before; then {sum(own) / MB:,.0f} MB and ", end="")
+        print(f"{sum(workers) / MB:,.0f} MB in the workers")
     leave_processes()
 
 

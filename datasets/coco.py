@@ -16,9 +16,8 @@ from PIL import ExifTags, Image, ImageOps
 from simplejpeg import decode_jpeg
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms.v2.functional import clamp_bounding_boxes
 
-from datasets.transforms import DropEmptyBoxes, eval_transforms, train_transforms
+from datasets.transforms import eval_transforms, train_transforms
 from models.class_map import ClassMap
 from models.errors import UserError
 from models.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
@@ -92,7 +91,7 @@ class CocoDetection(torch.utils.data.Dataset):
         self.transforms, self.train, self.seed, self.strict = transforms, train, seed, strict
         # In shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._warned_about_size, self._drop_empty = False, DropEmptyBoxes()
+        self._warned_about_size = False
 
         for name, value in once_per_node(lambda: self._load(class_map, annotated)).items():
             setattr(self, name, value)
@@ -256,11 +255,12 @@ class CocoDetection(torch.utils.data.Dataset):
             name = self.file_name(position)
             logger.warning(message, self.annotation_file, name, size, declared_size)
         objects = slice(*self._offsets[position : position + 2])
-        boxes = torch.tensor(self._boxes[objects])
+        corners = self._boxes[objects].clip(0, np.array([*size[::-1]] * 2, dtype=np.float32))
+        kept = (corners[:, 2:] > corners[:, :2]).all(1)
+        boxes = torch.from_numpy(corners[kept])
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
-        labels = torch.tensor(self._labels[objects])
-        target = {"boxes": clamp_bounding_boxes(boxes), "labels": labels}
-        image, target = self._drop_empty(tv_tensors.Image(image), target)
+        target = {"boxes": boxes, "labels": torch.from_numpy(self._labels[objects][kept])}
+        image = tv_tensors.Image(image)
         seed = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also seed the GPUs, which fork_rng does not restore here.

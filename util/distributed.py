@@ -106,7 +106,7 @@ def on_rank0(function: Callable[[], Any]) -> Any:
 
 def once_per_node(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Call `function` in one process of each node; all processes of the node get its result, whose
-    arrays are then read-only and share their memory. All processes raise the first UserError.
+    arrays are then read-only and share their memory. All processes raise the first error.
 
     A node is one machine with one directory for temporary files, where the arrays are stored until
     all processes have mapped them into memory. Other values are pickled.
@@ -120,20 +120,19 @@ def once_per_node(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if rank() == leader:
             try:
                 small = function()
-            except UserError as e:
+                for key in [k for k, value in small.items() if isinstance(value, np.ndarray)]:
+                    np.save(f"{directory}/{key}.npy", small.pop(key))
+            except (UserError, OSError) as e:  # OSError: no space
                 error = str(e)
-            arrays = [key for key, value in small.items() if isinstance(value, np.ndarray)]
-            for key in arrays:
-                np.save(f"{directory}/{key}.npy", small.pop(key))
         outcomes = gather((error, small, directory))
         for error, _, _ in outcomes:
             if error is not None:
                 raise UserError(error)
         _, small, directory = outcomes[leader]
-        files = Path(directory).iterdir()
-        arrays = {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in files}
+        for file in Path(directory).iterdir():
+            small[file.stem] = np.asarray(np.load(file, mmap_mode="r"))
         gather(None)  # before the files are removed
-    return small | arrays
+    return small
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
