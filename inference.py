@@ -72,7 +72,7 @@ def detect(
         results = predictor.predict(batch, threshold)
         for i, image, found in zip(positions, batch, results, strict=True):
             if dataset:
-                id_ = dataset.image_ids[i]
+                id_ = int(dataset.image_ids[i])
                 columns = {"ground truth": truth_of(dataset, id_), title: found}
                 picture = side_by_side(image, columns, names)
             else:
@@ -132,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             dataset = build_dataset(Config(coco_path=args.coco_path), "val", class_map)
             dataset.transforms = lambda image, target: (image, target)  # `predict` preprocesses
             predictor.class_map = dataset.class_map
-            paths = [dataset.image_dir / name for name in dataset.file_names[: args.num_images]]
+            count = min(args.num_images, len(dataset))
+            paths = [dataset.image_dir / dataset.file_name(i) for i in range(count)]
         detect(predictor, paths, dataset, args)
     except (UserError, OSError) as e:  # an OSError names its file
         print(f"inference.py: error: {e}", file=sys.stderr)

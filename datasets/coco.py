@@ -1,5 +1,6 @@
 """Data sets in COCO's instances format; their errors are reported when they are loaded."""
 
+import contextlib
 import json
 import logging
 import os
@@ -12,17 +13,19 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from simplejpeg import decode_jpeg
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms.v2.functional import clamp_bounding_boxes
 
-from datasets.transforms import DropEmptyBoxes, eval_transforms, train_transforms
+from datasets.transforms import eval_transforms, train_transforms
 from models.class_map import ClassMap
 from models.errors import UserError
 from models.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from util.distributed import once_per_node
 
 logger = logging.getLogger(__name__)
 
+TRUTH = ("image_id", "category_id", "bbox", "area", "iscrowd")  # what evaluation needs
 MAX_UNREADABLE = 20  # consecutive unreadable images at which training stops
 
 
@@ -36,7 +39,12 @@ def read_image(path: str | Path, size: tuple[float, float] | None = None) -> Ten
     try:
         with Image.open(path) as image:
             stored = (image.height, image.width)
-            swaps_sides = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            if image.format == "JPEG" and image.mode == "RGB" and orientation == 1:
+                with contextlib.suppress(ValueError):  # a broken file, which PIL may still read
+                    pixels = decode_jpeg(Path(path).read_bytes())  # PIL's pixels in less time
+                    return torch.from_numpy(pixels).permute(2, 0, 1)
+            swaps_sides = orientation in (5, 6, 7, 8)
             if not swaps_sides or size != stored or stored[0] == stored[1]:
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16 bits; PIL would clip at 255
@@ -63,6 +71,7 @@ class CocoDetection(torch.utils.data.Dataset):
     train: augmentation depends only on (seed, epoch, i). An unreadable image is replaced by the
     next one, and its file is listed in the target's "skipped"; with `strict`, or without `train`,
     it raises UserError.
+    In a distributed run all processes must build it: one of each node reads the annotations.
     annotated: False for a test set, which has no annotations and, if class_map is given, need not
     have categories.
     """
@@ -82,28 +91,38 @@ class CocoDetection(torch.utils.data.Dataset):
         self.transforms, self.train, self.seed, self.strict = transforms, train, seed, strict
         # In shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._warned_about_size, self._drop_empty = False, DropEmptyBoxes()
+        self._warned_about_size = False
 
+        for name, value in once_per_node(lambda: self._load(class_map, annotated)).items():
+            setattr(self, name, value)
+
+    def _load(self, class_map: Any, annotated: bool) -> dict[str, Any]:
+        """The attributes of the data set. Their long ones are arrays: workers would copy lists, by
+        counting references to their elements, and processes of a node share arrays."""
         data = self._load_json()
         images = self._section(data, "images")
-        self.image_ids = self._field(images, "image", "id", _is_int, "an integer")
-        self.file_names = self._field(images, "image", "file_name", _is_name, "a path")
+        ids = self._field(images, "image", "id", _is_int, "an integer")
+        names = self._field(images, "image", "file_name", _is_name, "a path")
+        self._check_files(names)
         sides = [self._field(images, "image", k, _is_number, "pixels") for k in ("height", "width")]
         # (images, 2); infinite if unknown, as boxes are clipped to these sizes.
         sides = np.array(sides, dtype=np.float64).T
-        self._sizes = np.where(sides > 0, sides, np.inf)
-        self._check_files()
+        sizes = np.where(sides > 0, sides, np.inf)
 
-        self.categories = self._section(data, "categories", annotated or callable(class_map))
-        self._field(self.categories, "category", "id", _is_int, "an integer")
+        categories = self._section(data, "categories", annotated or callable(class_map))
+        self._field(categories, "category", "id", _is_int, "an integer")
         try:
-            self.class_map = class_map(self.categories) if callable(class_map) else class_map
+            class_map = class_map(categories) if callable(class_map) else class_map
         except UserError as error:
             raise UserError(f"{self.annotation_file}: {error}") from None
-        self._check_category_names()
-        self._set_annotations(self._section(data, "annotations", annotated))
-        if annotated and not len(self._labels):
+        self._check_category_names(categories, class_map)
+        items = self._section(data, "annotations", annotated)
+        arrays = self._annotations(items, ids, sizes, class_map)
+        if annotated and not len(arrays["_labels"]):
             self._fail("has no usable object", "at least one non-empty, non-crowd box is needed")
+        names = np.array([name.encode(errors="surrogatepass") for name in names])
+        arrays |= {"image_ids": np.array(ids), "_names": names, "_sizes": sizes}
+        return {**arrays, "categories": categories, "class_map": class_map}
 
     def _fail(self, problem: str, remedy: str) -> NoReturn:
         raise UserError(f"{self.annotation_file}: {problem}: {remedy}")
@@ -138,9 +157,9 @@ class CocoDetection(torch.utils.data.Dataset):
             self._fail(f"{kind} id {duplicate} occurs more than once", "make the ids unique")
         return values
 
-    def _check_files(self) -> None:
+    def _check_files(self, names: list[str]) -> None:
         """UserError if image files are missing. Lists directories: stat for each file is slow."""
-        paths = [os.path.split(name) for name in self.file_names]
+        paths = [os.path.split(name) for name in names]
         remedy = "check the path to the images"
         try:
             listings = {d: set(os.listdir(self.image_dir / d)) for d in {d for d, _ in paths}}
@@ -152,22 +171,25 @@ class CocoDetection(torch.utils.data.Dataset):
             problem = f"{self.image_dir / missing[0]}: no such file; {images} are missing"
             raise UserError(f"{problem}: {remedy}")
 
-    def _check_category_names(self) -> None:
+    def _check_category_names(self, categories: list[dict], class_map: ClassMap) -> None:
         """Warn about ids with another name in the model: exports may number differently."""
-        known = {id_: self.class_map.names[label] for label, id_ in self.class_map.ids.items()}
-        for category in self.categories:
+        known = {id_: class_map.names[label] for label, id_ in class_map.ids.items()}
+        for category in categories:
             id_, name = category["id"], str(category.get("name"))
             if "name" in category and known.get(id_, name).lower() != name.lower():
                 message = "%s: category %d is %r here, but %r in the model: check the ids"
                 logger.warning(message, self.annotation_file, id_, name, known[id_])
 
-    def _set_annotations(self, items: list[dict]) -> None:
-        """Store annotations in arrays; reading dicts would copy them into every worker."""
+    def _annotations(
+        self, items: list[dict], image_ids: list[int], sizes: np.ndarray, class_map: ClassMap
+    ) -> dict[str, np.ndarray]:
+        """Annotations as arrays: usable objects in the order of their images, from `_offsets` on;
+        for evaluation all valid ones."""
         column = partial(self._field, items, "annotation")
-        index_of = {id_: position for position, id_ in enumerate(self.image_ids)}
+        index_of = {id_: position for position, id_ in enumerate(image_ids)}
         image = column("image_id", _is_in(index_of), "the id of an image in this file")
         image = np.array([index_of[i] for i in image], dtype=np.int64)
-        label_of, known = self.class_map.label_of, "the id of a category of the model"
+        label_of, known = class_map.label_of, "the id of a category of the model"
         category = column("category_id", _is_in(label_of), known)
         label = np.array([label_of[i] for i in category], dtype=np.int64)
         boxes = column("bbox", _is_box, "[x, y, width, height]")
@@ -177,26 +199,31 @@ class CocoDetection(torch.utils.data.Dataset):
         crowd = np.array([bool(item.get("iscrowd")) for item in items], dtype=bool)
 
         valid = np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)
-        truth = {"image_id": np.array(self.image_ids)[image], "category_id": np.array(category)}
-        truth |= {"bbox": boxes, "area": area, "iscrowd": crowd}
-        self._truth = {key: values[valid] for key, values in truth.items()}
+        truth = np.array(image_ids)[image], np.array(category), boxes, area, crowd
+        arrays = {f"_{key}": values[valid] for key, values in zip(TRUTH, truth, strict=True)}
 
         usable = np.flatnonzero(valid & ~crowd)
         usable = usable[np.argsort(image[usable], kind="stable")]
         xyxy = np.concatenate([boxes[usable, :2], boxes[usable, :2] + boxes[usable, 2:]], axis=1)
-        clipped = xyxy.clip(0, self._sizes[image[usable]][:, [1, 0, 1, 0]])
+        clipped = xyxy.clip(0, sizes[image[usable]][:, [1, 0, 1, 0]])
         inside = (clipped[:, 2:] > clipped[:, :2]).all(1)
-        self._boxes, self._labels = clipped[inside].astype(np.float32), label[usable][inside]
-        self._offsets = np.searchsorted(image[usable][inside], np.arange(len(self) + 1))
+        arrays |= {"_boxes": clipped[inside].astype(np.float32), "_labels": label[usable][inside]}
+        starts = np.arange(len(image_ids) + 1)
+        arrays["_offsets"] = np.searchsorted(image[usable][inside], starts)
         # Rounding moves many boxes a fraction of a pixel outside: no warning for those.
         moved = np.abs(clipped - xyxy)[inside].max(1, initial=0) > 1
         counts = (~valid).sum(), (~inside).sum(), moved.sum()
         if any(counts):
             message = "%s: ignored %d empty or non-finite boxes and %d outside the image"
             logger.warning(f"{message}, clipped %d to the image", self.annotation_file, *counts)
+        return arrays
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def file_name(self, index: int) -> str:
+        """Path of the image at `index`, relative to `image_dir`."""
+        return self._names[index].decode(errors="surrogatepass")
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that augmentation depends on, also in the workers."""
@@ -205,13 +232,13 @@ class CocoDetection(torch.utils.data.Dataset):
     def most_objects(self) -> tuple[int, str]:
         """The largest number of objects in an image, and the image's file name."""
         counts = np.diff(self._offsets)
-        return int(counts.max()), self.file_names[counts.argmax()]
+        return int(counts.max()), self.file_name(counts.argmax())
 
     def ground_truth(self, image_ids: Iterable[int]) -> dict[str, np.ndarray]:
         """Annotations of some images for COCO's evaluation, as columns: "image_id", "category_id",
         "area", "iscrowd" (n,), "bbox" (n, 4) as in the file; crowds and missing areas filled in."""
-        chosen = np.isin(self._truth["image_id"], list(image_ids))
-        return {key: values[chosen] for key, values in self._truth.items()}
+        chosen = np.isin(self._image_id, list(image_ids))
+        return {key: getattr(self, f"_{key}")[chosen] for key in TRUTH}
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         image, position, skipped = self._read(index)
@@ -219,14 +246,15 @@ class CocoDetection(torch.utils.data.Dataset):
         if size != declared_size and np.inf not in declared_size and not self._warned_about_size:
             self._warned_about_size = True  # once per worker
             message = "%s: (height, width) of %s is %s, not %s: check that boxes match the image"
-            name = self.file_names[position]
+            name = self.file_name(position)
             logger.warning(message, self.annotation_file, name, size, declared_size)
         objects = slice(*self._offsets[position : position + 2])
-        boxes = torch.from_numpy(self._boxes[objects])
+        corners = self._boxes[objects].clip(0, np.array([*size[::-1]] * 2, dtype=np.float32))
+        kept = (corners[:, 2:] > corners[:, :2]).all(1)
+        boxes = torch.from_numpy(corners[kept])
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
-        labels = torch.from_numpy(self._labels[objects])
-        target = {"boxes": clamp_bounding_boxes(boxes), "labels": labels}
-        image, target = self._drop_empty(tv_tensors.Image(image), target)
+        target = {"boxes": boxes, "labels": torch.from_numpy(self._labels[objects][kept])}
+        image = tv_tensors.Image(image)
         seed = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also seed the GPUs, which fork_rng does not restore here.
@@ -242,7 +270,7 @@ class CocoDetection(torch.utils.data.Dataset):
         skipped: list[str] = []
         while True:
             position = (index + len(skipped)) % len(self)
-            name = self.file_names[position]
+            name = self.file_name(position)
             try:
                 image = read_image(self.image_dir / name, tuple(self._sizes[position]))
                 return image, position, skipped

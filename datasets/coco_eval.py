@@ -91,7 +91,9 @@ class CocoEvaluator:
     def join(self, parts: Sequence[dict[int, tuple]]) -> None:
         """Combine the `results` of several processes, in the data set's order."""
         results = {id_: result for part in parts for id_, result in part.items()}
-        self.results = {id_: results[id_] for id_ in self.dataset.image_ids if id_ in results}
+        self.results = {
+            id_: results[id_] for id_ in self.dataset.image_ids.tolist() if id_ in results
+        }
 
     def _found(self) -> Columns:
         none = *np.empty((2, 0), dtype=np.int64), np.empty((0, 4)), np.empty(0)

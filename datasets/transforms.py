@@ -46,7 +46,13 @@ class RandomSizeCrop(v2.Transform):
         return {"top": top, "left": left, "height": h, "width": w}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return F.crop(inpt, **params)  # clips boxes to the crop
+        cropped = F.crop(inpt, **params)  # clips boxes to the crop
+        if isinstance(
+            inpt, tv_tensors.Image
+        ):  # resizing is slow if rows are not adjacent in memory
+            rows = cropped.as_subclass(Tensor).permute(1, 2, 0).contiguous()
+            cropped = tv_tensors.wrap(rows.permute(2, 0, 1), like=inpt)
+        return cropped
 
 
 class DropEmptyBoxes(nn.Module):

@@ -1,5 +1,6 @@
 """From an image to a detector's input."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -15,10 +16,18 @@ def preprocess(image: Tensor, size: int = 800, max_size: int | None = 1333) -> T
 
 
 def normalize(image: Tensor) -> Tensor:
-    """(3, H, W) uint8 -> float32 with ImageNet's mean and standard deviation."""
-    # Contiguous first: arithmetic on channels-last floats is several times slower.
-    image = F.to_dtype(image.contiguous(), torch.float32, scale=True)
-    return F.normalize(image, IMAGENET_MEAN, IMAGENET_STD, inplace=True)
+    """(3, H, W) uint8 -> float32 with ImageNet's mean and standard deviation, on the CPU."""
+    # Arithmetic on channels-last floats is several times slower, so these are separated as bytes,
+    # which NumPy copies in half of torch's time. Blocks of rows stay in the cache.
+    planes = np.ascontiguousarray(image.cpu())
+    normalized = np.empty(planes.shape, np.float32)
+    for channel, mean, std in zip(range(3), IMAGENET_MEAN, IMAGENET_STD, strict=True):
+        for start in range(0, planes.shape[1], 64):
+            block = normalized[channel, start : start + 64]
+            np.multiply(planes[channel, start : start + 64], 1 / 255, out=block, dtype=np.float32)
+            block -= mean
+            block /= std
+    return torch.from_numpy(normalized)
 
 
 def resized_size(height: int, width: int, size: int, max_size: int | None = None) -> list[int]:

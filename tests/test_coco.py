@@ -216,6 +216,21 @@ def test_modes_are_converted_to_rgb(tmp_path, mode, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("size", [(64, 48), (33, 17), (1, 2)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_pixels_are_those_of_pil(tmp_path, mode, size):
+    image, path = Image.effect_noise((64, 48), 90).resize(size).convert("RGB"), tmp_path / "x.jpg"
+    image = Image.merge("RGB", [image.getchannel(0).rotate(angle) for angle in (0, 90, 180)])
+    for subsampling in range(3):
+        for progressive in (False, True):
+            options = {"subsampling": subsampling, "progressive": progressive}
+            image.convert(mode).save(path, quality=80, **options)
+            pixels = read_image(path)
+            expected = np.array(Image.open(path).convert("RGB"))
+            assert np.array_equal(pixels.permute(1, 2, 0), expected)
+            assert pixels.permute(1, 2, 0).is_contiguous()  # else resizing is slow
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_16_bit_images_are_scaled_not_clipped(tmp_path, suffix):
     grey = np.repeat(np.array([[0, 51400, 32896, 65535]], dtype=np.uint16), 3, axis=0)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from unittest.mock import patch
@@ -16,20 +17,23 @@ import torch
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
+from datasets.coco import CocoDetection
 from datasets.loader import EpochBatches
 from datasets.toy import make_toy_coco
+from datasets.transforms import eval_transforms
 from engine import train_steps
 from main import main
 from models import build_model
 from models.class_map import ClassMap
 from models.criterion import SetCriterion
+from models.errors import UserError
 from models.nested_tensor import nested_tensor_from_tensor_list
 from tests.conftest import SMALL, Pair, children_of, wait_for_first_epoch
 from tests.test_main import assert_same_state, read_log
 from train_state import TrainState
 from util.checkpoint import read_checkpoint
 from util.config import parse_command_line
-from util.distributed import join_processes, leave_processes
+from util.distributed import join_processes, leave_processes, world_size
 
 # Neither noise, whose random numbers differ between processes, nor batch statistics.
 PLAIN = ["--batch_norm_type", "FrozenBatchNorm2d", "--use_dn", "--dn_label_noise_ratio", "0"]
@@ -209,6 +213,52 @@ def test_processes_connect_without_torchrun(data: Path, tmp_path: Path):
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert [line["epoch"] for line in read_log(tmp_path / "out")] == [0]
     assert len(read_checkpoint(tmp_path / "out" / "checkpoint.pth")["rng"]) == 2
+
+
+def load_data(task: tuple[int, Path, Path]) -> tuple[int, str | list]:
+    """In two processes: how often this one parsed the annotations, and the error or the data."""
+    rank, temporary, images = task
+    temporary.mkdir(exist_ok=True)
+    join_processes(2, rank, f"file://{images.parent}/store", 5)
+    parse = patch.object(json, "loads", side_effect=json.loads)
+    try:
+        with parse as spy, patch.object(tempfile, "tempdir", str(temporary)):
+            data: str | list = contents(images)
+    except UserError as e:
+        data = str(e)
+    finally:
+        leave_processes()
+    assert not list(temporary.iterdir())
+    return spy.call_count, data
+
+
+def contents(images: Path) -> list:
+    """All that a data set gives, as lists."""
+    annotations = images.parent / "annotations" / f"instances_{images.name}.json"
+    dataset = CocoDetection(images, annotations, eval_transforms([64], 64))
+    assert world_size() == 1 or not dataset.image_ids.flags.writeable  # mapped, not copied
+    names = [dataset.file_name(i) for i in range(len(dataset))]
+    samples = [
+        (image.sum().item(), str(target))
+        for image, target in map(dataset.__getitem__, range(len(dataset)))
+    ]
+    truth = dataset.ground_truth(set(dataset.image_ids.tolist()))
+    return [names, samples, truth, dataset.class_map, dataset.most_objects()]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_annotations_are_read_once_a_node(nodes: int, pair: Pair, data: Path, tmp_path: Path):
+    """Processes with different directories for temporary files do not share memory."""
+    root = shutil.copytree(data, tmp_path / "coco")
+    images, annotations = root / "val2017", root / "annotations" / "instances_val2017.json"
+    tasks = [(rank, tmp_path / f"of node {rank % nodes}", images) for rank in range(2)]
+    expected = contents(images)
+    assert pair.call(load_data, *tasks) == [(1, expected), (nodes - 1, expected)]
+    (root / "store").unlink(missing_ok=True)
+    annotations.write_text("{}")
+    (first, error), (second, same) = pair.call(load_data, *tasks)
+    assert (first, second) == (1, nodes - 1) and error == same
+    assert error.startswith(f"{annotations}: 'images' is missing")
 
 
 @pytest.mark.parametrize(("size", "processes"), [(10, 1), (10, 2), (11, 3), (3, 4)])

@@ -2,8 +2,12 @@
 
 import os
 import random
+import socket
+import tempfile
+import uuid
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,6 +102,37 @@ def on_rank0(function: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def once_per_node(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Call `function` in one process of each node; all processes of the node get its result, whose
+    arrays are then read-only and share their memory. All processes raise the first error.
+
+    A node is one machine with one directory for temporary files, where the arrays are stored until
+    all processes have mapped them into memory. Other values are pickled.
+    """
+    if world_size() == 1:
+        return function()
+    place = os.stat(tempfile.gettempdir())
+    nodes = gather((socket.gethostname(), uuid.getnode(), place.st_dev, place.st_ino))
+    leader, small, error = nodes.index(nodes[rank()]), {}, None
+    with tempfile.TemporaryDirectory() as directory:
+        if rank() == leader:
+            try:
+                small = function()
+                for key in [k for k, value in small.items() if isinstance(value, np.ndarray)]:
+                    np.save(f"{directory}/{key}.npy", small.pop(key))
+            except (UserError, OSError) as e:  # OSError: no space
+                error = str(e)
+        outcomes = gather((error, small, directory))
+        for error, _, _ in outcomes:
+            if error is not None:
+                raise UserError(error)
+        _, small, directory = outcomes[leader]
+        for file in Path(directory).iterdir():
+            small[file.stem] = np.asarray(np.load(file, mmap_mode="r"))
+        gather(None)  # before the files are removed
+    return small
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
