@@ -38,7 +38,8 @@ sys.path.insert(0, str(ROOT))
 TOY = ["configs/toy/dino.py", "configs/toy/dn_dab_detr.py"]
 CONFIGS = {"cuda": ["configs/dino_4scale_r50.py", "configs/dn_dab_detr_r50.py"], "cpu": TOY}
 SKIPPED = 77  # exit status
-Row = dict[str, Any]
+Args, Row = argparse.Namespace, dict[str, Any]
+Rows = Iterator[Row]
 
 
 def skip(reason: str) -> NoReturn:
@@ -61,7 +62,8 @@ def report_of(*command: str) -> Any:
         return json.loads(path.read_text())
 
 
-def op_build(args: argparse.Namespace) -> Iterator[Row]:
+def op_build(args: Args) -> Rows:
+    """Compile deformable attention where it is not."""
     from ops import native
     from ops.setup import CompileError, find_nvcc
 
@@ -76,7 +78,8 @@ def op_build(args: argparse.Namespace) -> Iterator[Row]:
     yield {"nvcc": nvcc, "library": Path(native.load(backend)._name).name}
 
 
-def op_tests(args: argparse.Namespace) -> Iterator[Row]:
+def op_tests(args: Args) -> Rows:
+    """The tests of deformable attention that need this device."""
     if importlib.util.find_spec("pytest") is None:
         skip("pytest is not installed")
     on_gpu = "(cuda or gpu) and not build and not kernel_compiles"
@@ -88,27 +91,28 @@ def op_tests(args: argparse.Namespace) -> Iterator[Row]:
     yield {name: int(suite[name]) for name in ("tests", "failures", "errors", "skipped")}
 
 
-def op_times(args: argparse.Namespace) -> Iterator[Row]:
+def op_times(args: Args) -> Rows:
+    """Milliseconds of each implementation of deformable attention."""
     script = "benchmarks/bench_ms_deform_attn.py"
     for case in report_of(script, "--device", args.device, "--output")["cases"]:
-        names = "shape", "dtype", "locations", "direction"
-        yield {k: case[k] for k in names} | case["median_ms"] | {"floor": case["floor_ms"]["sum"]}
+        keys = "shape", "dtype", "locations", "direction", "largest_disagreement"
+        yield {key: case[key] for key in keys} | case["median_ms"]
 
 
-def timing(mode: str, model: int, sides: list[str], args: argparse.Namespace) -> Iterator[Row]:
-    """Time and memory of training steps or evaluation."""
-    option, sizes = ("--batch_size", [1, 2]) if mode == "train" else ("--eval_batch_size", [1, 8])
+def timing(mode: str, model: int, runs: list[list[str]], args: Args) -> Rows:
+    """Time and memory of training steps or evaluation, of the sides of each run."""
     on_gpu, config = args.device == "cuda", CONFIGS[args.device][model]
     command = ["benchmarks/bench_step.py", "-c", config, "--no_pretrained_backbone"]
     command += ["--device", args.device, "--size", *map(str, args.size), "--mode", mode]
-    command += ["--repeats", "10" if on_gpu else "1", *(f"--side={side}" for side in sides)]
-    for images in sizes if on_gpu else [1]:
-        for entry in report_of(*command, option, str(images), "--json")["modes"][mode]:
-            figures = {k: entry[k] for k in ("median_ms", "images_per_s", "peak_MiB", "floor_ms")}
-            yield {"images": images, "side": entry["side"], **figures}
+    command += ["--repeats", "10" if on_gpu else "1"]
+    for sides in runs if on_gpu else runs[:1]:
+        report = report_of(*command, *(f"--side={side}" for side in sides), "--json")
+        for entry in report["modes"][mode]:
+            keys = "side", "median_ms", "images_per_s", "peak_MiB", "floor_ms"
+            yield {key: entry[key] for key in keys}
 
 
-def toy_training(args: argparse.Namespace, config: str, steps: int, **options: Any) -> tuple:
+def toy_training(args: Args, config: str, steps: int, **options: Any) -> tuple:
     """State, criterion and batches of `steps` steps on toy images, as in trainer.py."""
     from datasets.coco import build_dataset
     from datasets.loader import build_loader
@@ -138,7 +142,8 @@ def check_close(values: dict[str, float], tolerance: float) -> None:
         raise RuntimeError(f"more than {tolerance:.0%} of difference: {values}")
 
 
-def syncs(args: argparse.Namespace) -> Iterator[Row]:
+def syncs(args: Args) -> Rows:
+    """The lines of a training step that wait for the GPU, and how often; the third step's."""
     if args.device == "cpu":
         skip("a CPU has nothing to wait for")
     from engine import train_steps
@@ -173,7 +178,8 @@ def count_syncs(step: Callable[[], Any]) -> Counter[str]:
     return found
 
 
-def amp(args: argparse.Namespace) -> Iterator[Row]:
+def amp(args: Args) -> Rows:
+    """Mean losses of the toy DINO in each precision; the last ones must be close to fp32's."""
     from engine import train_steps
 
     steps, group = (60, 10) if args.device == "cuda" else (1, 1)
@@ -189,7 +195,8 @@ def amp(args: argparse.Namespace) -> Iterator[Row]:
     check_close(means, 0.1)
 
 
-def ddp(args: argparse.Namespace) -> Iterator[Row]:
+def ddp(args: Args) -> Rows:
+    """Steps of two batches alone and in DistributedDataParallel, with NCCL on a GPU."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
@@ -213,24 +220,26 @@ def ddp(args: argparse.Namespace) -> Iterator[Row]:
                 check_close(values, 0.01)
 
 
-PRECISIONS, COMPILED = ["", "--amp"], ["--amp --compile"]
-PARTS: dict[str, tuple[float, Callable[[argparse.Namespace], Iterator[Row]]]] = {
+TRAIN = [["--batch_size 1", "--batch_size 1 --amp"], ["--batch_size 2", "--batch_size 2 --amp"]]
+EVAL = [["--eval_batch_size 1", "--eval_batch_size 1 --amp", "--eval_batch_size 8 --amp"]]
+COMPILED = [["--batch_size 2 --amp --compile"], ["--batch_size 1 --amp --compile"]]
+PARTS: dict[str, tuple[float, Callable[[Args], Rows]]] = {
     "op_build": (120, op_build),  # limit in seconds; the most important first
     "op_tests": (120, op_tests),
-    "train_dino": (120, partial(timing, "train", 0, PRECISIONS)),
-    "train_dn_detr": (120, partial(timing, "train", 1, PRECISIONS)),
+    "train_dino": (120, partial(timing, "train", 0, TRAIN)),
+    "train_dn_detr": (120, partial(timing, "train", 1, TRAIN)),
     "syncs": (60, syncs),
     "amp": (90, amp),
     "ddp": (90, ddp),
     "op_times": (90, op_times),
-    "eval_dino": (90, partial(timing, "eval", 0, PRECISIONS)),
-    "eval_dn_detr": (90, partial(timing, "eval", 1, PRECISIONS)),
-    "compile_dino": (150, partial(timing, "train", 0, COMPILED)),
-    "compile_dn_detr": (150, partial(timing, "train", 1, COMPILED)),
+    "compile_dino": (120, partial(timing, "train", 0, COMPILED)),
+    "eval_dino": (60, partial(timing, "eval", 0, EVAL)),
+    "eval_dn_detr": (60, partial(timing, "eval", 1, EVAL)),
+    "compile_dn_detr": (120, partial(timing, "train", 1, COMPILED)),
 }
 
 
-def run_part(name: str, args: argparse.Namespace, limit: float) -> Row:
+def run_part(name: str, args: Args, limit: float) -> Row:
     """Run a part in a process of its own; returns its outcome, seconds, rows and, unless all went
     well, the end of its output. A crash, a hang and an error end only that process."""
     start, status = time.perf_counter(), None
