@@ -35,7 +35,7 @@ def run(folder: Path, *arguments: str, missing: tuple[str, ...] = ()) -> tuple[d
 def test_parts_run_without_optional_packages(tmp_path):
     missing = "pycocotools", "hotcoco", "tensorboard", "matplotlib", "submitit", "pytest"
     names = "op_build", "op_tests", "train_dino", "syncs", "amp", "ddp"
-    parts, text = run(tmp_path, "--parts", *names, missing=missing)
+    parts, text = run(tmp_path, "--minutes", "60", "--parts", *names, missing=missing)
     outcomes = {name: part["outcome"] for name, part in parts.items()}
     assert outcomes.pop("op_tests") == "skipped: pytest is not installed"
     assert outcomes.pop("syncs").startswith("skipped: ")
