@@ -2,11 +2,12 @@
 # make test    install, run every test
 # make zoo     train a small model of every kind, and print what they reach: under two hours
 # make op      compile deformable attention, for the CPU and for CUDA where its toolkit is
+# make gpu     on a machine with a GPU: try and measure there whatever needs one, in nine minutes
 # make lint    check formatting, style and types
 # make docs    build the documentation into site/
 #
 # Each creates the virtual environment .venv if necessary and reuses it; make docs uses .venv-docs,
-# which needs no torch.
+# which needs no torch. make gpu installs nothing: without .venv it uses $(PYTHON).
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ DATA := outputs/toy_coco
 OUT := outputs/demo
 CPU_OP := ops/libms_deform_attn_cpu.so
 
-.PHONY: demo zoo test op lint docs clean
+.PHONY: demo zoo test op gpu lint docs clean
 
 $(VENV)/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,6 +51,9 @@ zoo: $(DATA)/annotations/instances_val2017.json $(CPU_OP)
 
 test: $(VENV)/.installed-dev $(CPU_OP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
