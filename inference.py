@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from torchvision.ops import box_convert
 from tqdm import trange
 
@@ -45,14 +44,6 @@ def find_images(sources: Sequence[str]) -> list[Path]:
     return paths
 
 
-def truth_of(dataset: CocoDetection, image_id: int) -> dict:
-    """An image's annotations, including crowds, as arguments of `draw_boxes`."""
-    truth = dataset.ground_truth([image_id])
-    boxes = box_convert(torch.from_numpy(truth["bbox"]).float(), "xywh", "xyxy")
-    labels = [dataset.class_map.label_of[i] for i in truth["category_id"].tolist()]
-    return {"boxes": boxes, "labels": labels, "crowd": truth["iscrowd"].tolist()}
-
-
 def detect(
     predictor: Predictor, paths: Sequence[Path], dataset: CocoDetection | None, args: Namespace
 ) -> None:
@@ -73,7 +64,7 @@ def detect(
         for i, image, found in zip(positions, batch, results, strict=True):
             if dataset:
                 id_ = int(dataset.image_ids[i])
-                columns = {"ground truth": truth_of(dataset, id_), title: found}
+                columns = {"ground truth": dataset.drawable_truth(id_), title: found}
                 picture = side_by_side(image, columns, names)
             else:
                 id_, picture = i + 1, draw_boxes(image, **found, names=names)

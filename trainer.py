@@ -30,6 +30,7 @@ from util.logging import Averages, ProgressBar, RunLog, peak_memory_mb
 from util.matching_log import MatchingLog
 from util.run_dir import claimed, find_resume, prepare_output_dir, remove_run, should_overwrite
 from util.signals import Stopped, StopRequest
+from util.visualize import side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,21 @@ def evaluate_state(
             logger.info("AP by class\n%s", "\n".join(f"  {ap:6.3f}  {n}" for n, ap in rows))
         if cfg.save_results and cfg.output_dir:
             write_results(evaluator, Path(cfg.output_dir) / "results.json")
+        if cfg.draw_images and cfg.output_dir:
+            draw_pictures(evaluator, Path(cfg.output_dir) / "pictures", cfg.draw_images)
     return figures
+
+
+def draw_pictures(evaluator: CocoEvaluator, directory: Path, number: int) -> None:
+    """Draw the first images, each next to as many of its best detections as it has objects."""
+    dataset, names = evaluator.dataset, evaluator.dataset.class_map.names
+    directory.mkdir(exist_ok=True)
+    for i, id_ in enumerate(dataset.image_ids[:number].tolist()):
+        truth = dataset.drawable_truth(id_)
+        found = evaluator.drawable(id_, len(truth["labels"]))
+        columns = {"ground truth": truth, "best detections": found}
+        picture = side_by_side(dataset.image(i), columns, names)
+        picture.save(directory / f"{Path(dataset.file_name(i)).stem}.jpg", quality=92)
 
 
 def write_results(evaluator: CocoEvaluator, path: Path) -> None:

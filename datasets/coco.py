@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from simplejpeg import decode_jpeg
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.ops import box_convert
 
 from datasets.transforms import eval_transforms, train_transforms
 from models.class_map import ClassMap
@@ -225,6 +226,10 @@ class CocoDetection(torch.utils.data.Dataset):
         """Path of the image at `index`, relative to `image_dir`."""
         return self._names[index].decode(errors="surrogatepass")
 
+    def image(self, index: int) -> Tensor:
+        """The image at `index` without transforms, (3, H, W) uint8 RGB."""
+        return read_image(self.image_dir / self.file_name(index), tuple(self._sizes[index]))
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that augmentation depends on, also in the workers."""
         self._epoch.fill_(epoch)
@@ -239,6 +244,13 @@ class CocoDetection(torch.utils.data.Dataset):
         "area", "iscrowd" (n,), "bbox" (n, 4) as in the file; crowds and missing areas filled in."""
         chosen = np.isin(self._image_id, list(image_ids))
         return {key: getattr(self, f"_{key}")[chosen] for key in TRUTH}
+
+    def drawable_truth(self, image_id: int) -> dict[str, Any]:
+        """An image's annotations, including crowds, as arguments of `util.visualize.draw_boxes`."""
+        truth = self.ground_truth([image_id])
+        boxes = box_convert(torch.from_numpy(truth["bbox"]).float(), "xywh", "xyxy")
+        labels = [self.class_map.label_of[i] for i in truth["category_id"].tolist()]
+        return {"boxes": boxes, "labels": labels, "crowd": truth["iscrowd"].tolist()}
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         image, position, skipped = self._read(index)
@@ -272,8 +284,7 @@ class CocoDetection(torch.utils.data.Dataset):
             position = (index + len(skipped)) % len(self)
             name = self.file_name(position)
             try:
-                image = read_image(self.image_dir / name, tuple(self._sizes[position]))
-                return image, position, skipped
+                return self.image(position), position, skipped
             except UserError as error:
                 skipped.append(name)
                 if self.strict or not self.train or len(skipped) == MAX_UNREADABLE:

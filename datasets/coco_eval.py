@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
@@ -100,6 +101,13 @@ class CocoEvaluator:
         columns = map(np.concatenate, zip(none, *self.results.values(), strict=True))
         keys = "image_id", "category_id", "bbox", "score"
         return dict(zip(keys, columns, strict=True))
+
+    def drawable(self, image_id: int, number: int) -> dict[str, Any]:
+        """The best detections of an image as arguments of `util.visualize.draw_boxes`."""
+        _, category_ids, boxes, scores = (column[:number] for column in self.results[image_id])
+        boxes = box_convert(torch.from_numpy(boxes), "xywh", "xyxy")
+        labels = [self.dataset.class_map.label_of[i] for i in category_ids.tolist()]
+        return {"boxes": boxes, "labels": labels, "scores": scores}
 
     @property
     def detections(self) -> list[dict[str, Any]]:

@@ -146,7 +146,7 @@ def test_eval_reproduces_the_metrics(small: list[str], trained: Path, capsys):
     """Also per class, and with a results file that pycocotools reads."""
     checkpoint = str(trained / "checkpoint.pth")
     args = ["--eval", "--resume", checkpoint, "--save_results", "--eval_per_class"]
-    assert main([*small, *args, "--use_ema"]) == 0
+    assert main([*small, *args, "--use_ema", "--draw_images", "3"]) == 0
     out, toy = Path(small[-1]), Path(small[small.index("--coco_path") + 1])
     stats = json.loads((out / "eval.json").read_text())
     for key in ("test_coco_eval_bbox", "ema_test_coco_eval_bbox"):
@@ -158,6 +158,9 @@ def test_eval_reproduces_the_metrics(small: list[str], trained: Path, capsys):
     found = truth.loadRes(str(out / "results.json"))
     assert set(found.getCatIds()) == {3, 7, 12, 25, 44, 81}
     assert len(found.getAnnIds()) == 8 * 10 * 6  # images * queries * classes, fewer than num_select
+    pictures = {path.stem: Image.open(path) for path in (out / "pictures").iterdir()}
+    assert set(pictures) == {Path(image["file_name"]).stem for image in truth.dataset["images"][:3]}
+    assert all(picture.width > picture.height for picture in pictures.values())  # two, side by side
 
 
 def test_detections_for_the_evaluation_server(small: list[str], trained: Path, tmp_path: Path):

@@ -210,6 +210,11 @@ class RunOptions:
     test: bool = option(False, "write detections on test2017 for COCO's server and stop")
     eval_per_class: bool = option(False, "also print the AP of each class")
     save_results: bool = option(False, "write the detections of each evaluation to results.json")
+    draw_images: int = option(
+        0,
+        "draw the first N evaluated images and their best detections after each evaluation",
+        low=0,
+    )
     log_matching: bool = option(
         False,
         "for each decoder layer, log the matching instability (queries per validation image "
