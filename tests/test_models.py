@@ -241,3 +241,39 @@ def test_postprocess_with_nms():
         assert result["labels"].tolist() == kept
         assert result["boxes"].shape == (len(kept), 4)
         assert result["scores"].tolist() == sorted(result["scores"].tolist(), reverse=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "dab_detr_r50",
+        "dn_dab_detr_r50",
+        "dn_dab_deformable_detr_r50",
+        "dn_dab_deformable_detr_deformable_encoder_only_r50_3pat",
+        "dn_dab_dino_deformable_detr_r50",
+        "dino_4scale_r50",
+    ],
+)
+def test_gradient_checkpointing_changes_memory_alone(config: str):
+    """Bit-equal gradients, also with dropout, while less is kept for the backward pass."""
+    images, gradients, kept = [torch.randn(3, 96, 128), torch.randn(3, 128, 96)], [], []
+    for use_checkpoint in (False, True):
+        model, criterion, _ = small_model(config, use_checkpoint=use_checkpoint, dropout=0.1)
+        model.train()
+        targets, saved = make_targets(2, 3), {}
+
+        def keep(x: torch.Tensor, saved=saved) -> torch.Tensor:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for p in parameters:
+            keep(p.detach())
+        of_weights = sum(saved.values())
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            losses = criterion(model(images, targets), targets)
+            loss = sum(losses[name] * weight for name, weight in criterion.weight_dict.items())
+        kept.append(sum(saved.values()) - of_weights)
+        gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
+    assert kept[1] < 0.85 * kept[0], kept
