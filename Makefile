@@ -40,7 +40,8 @@ $(DATA)/annotations/instances_val2017.json: | $(VENV)/.installed
 	$(BIN)/python -m datasets.toy --root $(DATA) --num_val 200
 
 demo: $(DATA)/annotations/instances_val2017.json $(CPU_OP)
-	$(BIN)/python main.py -c configs/toy/$(MODEL).py --coco_path $(DATA) --output_dir $(OUT) --overwrite
+	$(BIN)/python main.py -c configs/toy/$(MODEL).py --coco_path $(DATA) --output_dir $(OUT) --overwrite \
+		--draw_images 16
 	$(BIN)/python inference.py --resume $(OUT)/checkpoint.pth --coco_path $(DATA) --threshold 0.3 \
 		--output_dir $(OUT)/pictures
 	$(BIN)/python -m util.visualize $(OUT)/log.txt --output $(OUT)/training.png

@@ -21,6 +21,7 @@ data_aug_scales2_crop = []
 num_workers = 0  # images load in a millisecond; workers would only compete for cores
 
 batch_size = 4
+eval_batch_size = 20  # all images have the same size, so there is no padding
 optimizer = "muon"
 lr = 6e-4
 lr_backbone = 6e-4
