@@ -15,6 +15,7 @@ from models import build_model
 from ops import ms_deform_attn
 
 TOY = ["-c", "configs/toy/dino.py", "--size", "96", "128", "--repeats", "2", "--device", "cpu"]
+TOY += ["--eval_batch_size", "1"]
 # At strides 8, 16 and 32 of 96 x 128, of the backbone's stages and a further convolution.
 TOKENS = 12 * 16 + 6 * 8 + 3 * 4
 
@@ -37,7 +38,7 @@ def test_profile_adds_up(monkeypatch, tmp_path, capsys):
     assert flops["class heads"] == 3 * 40 * 128 * 91
     sampling = 4 * 32 * 4 * 3 * 4  # pixels, channels of a head, heads, levels, points
     assert report["multiply_adds_by_kind"]["deformable sampling"] == sampling * (
-        4 * TOKENS + 3 * 40
+        2 * TOKENS + 3 * 40
     )
     assert 0 < report["peak_MiB"] < 2000
     assert f"| total | {sum(flops.values()) / 1e9:.2f} |" in capsys.readouterr().out
@@ -56,9 +57,8 @@ def test_training_steps_of_two_sides(monkeypatch, tmp_path, capsys):
         floor = products / rates["product"] + flops["convolution"] / rates["convolution"]
         assert 0 < entry["floor_ms"] == pytest.approx(1e3 * floor)
         assert entry["peak_MiB"] > 0
-    # The decoder also samples for 2 * 50 denoising queries, or as many as fit 20 objects: 2 * 2.
-    queries = 40 + 2 * 2 * 20
-    samples = 4 * (4 * TOKENS + 3 * queries) * 4 * 3 * 4
+    queries = 40 + 6 * 2 * 20  # the decoder's: 6 groups of each object's positive and negative
+    samples = 4 * (2 * TOKENS + 3 * queries) * 4 * 3 * 4
     assert entries[0]["flops"]["deformable sampling"] == 3 * 2 * 4 * 32 * samples
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| train")]
     assert [line.split(" | ")[1] for line in printed] == [entry["side"] for entry in entries]

@@ -242,7 +242,8 @@ def contents(images: Path) -> list:
         (image.sum().item(), str(target))
         for image, target in map(dataset.__getitem__, range(len(dataset)))
     ]
-    truth = dataset.ground_truth(set(dataset.image_ids.tolist()))
+    truth = dataset.ground_truth(dataset.image_ids.tolist())
+    truth = {key: column.tolist() for key, column in truth.items()}
     return [names, samples, truth, dataset.class_map, dataset.most_objects()]
 
 

@@ -188,3 +188,16 @@ def test_released_optimizer_state_follows_its_own_parameter_order():
                 torch.testing.assert_close(optimizer.state[parameter][key], value)
     del checkpoint["optimizer"]["param_groups"][1]
     assert not load_released_state(build_optimizer(ours, load_config()), ours, checkpoint)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 5, 6, 10, 11])
+def test_one_cycle_of_any_length(steps: int):
+    cfg = load_config(None, {"onecyclelr": True, "epochs": steps, "lr": 1e-3})
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule, every_step = build_scheduler(optimizer, cfg, 1)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert every_step and all(0 < rate <= 1e-3 for rate in rates)
