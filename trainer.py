@@ -183,7 +183,10 @@ def draw_pictures(evaluator: CocoEvaluator, directory: Path, number: int) -> Non
     """Draw the first images, each next to as many of its best detections as it has objects."""
     dataset, names = evaluator.dataset, evaluator.dataset.class_map.names
     directory.mkdir(exist_ok=True)
-    for i, id_ in enumerate(dataset.image_ids[:number].tolist()):
+    # With --debug not all images were evaluated.
+    numbered = enumerate(dataset.image_ids.tolist())
+    evaluated = [(i, id_) for i, id_ in numbered if id_ in evaluator.results]
+    for i, id_ in evaluated[:number]:
         truth = dataset.drawable_truth(id_)
         found = evaluator.drawable(id_, len(truth["labels"]))
         columns = {"ground truth": truth, "best detections": found}

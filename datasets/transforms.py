@@ -47,9 +47,8 @@ class RandomSizeCrop(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         cropped = F.crop(inpt, **params)  # clips boxes to the crop
-        if isinstance(
-            inpt, tv_tensors.Image
-        ):  # resizing is slow if rows are not adjacent in memory
+        if isinstance(inpt, tv_tensors.Image):
+            # Resizing is slow if rows are not adjacent in memory.
             rows = cropped.as_subclass(Tensor).permute(1, 2, 0).contiguous()
             cropped = tv_tensors.wrap(rows.permute(2, 0, 1), like=inpt)
         return cropped

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .detector import LayerOutputs, Outputs
-from .dn_components import Assignment, by_layer, focal_loss, giou_loss, l1_loss
-from .matcher import HungarianMatcher, image_of_targets
+from .dn_components import Assignment, by_layer, focal_loss, giou_loss, image_of_targets, l1_loss
+from .matcher import HungarianMatcher
 from .options import LossOptions
 
 Targets = Sequence[dict[str, Tensor]]

@@ -264,11 +264,17 @@ def _repeat(
     counts = [len(t["labels"]) for t in targets]
     labels = torch.cat([t["labels"] for t in targets]).repeat(num_groups)
     boxes = torch.cat([t["boxes"] for t in targets]).to(anchors.dtype).repeat(num_groups, 1)
-    image = torch.arange(len(targets)).repeat_interleave(torch.tensor(counts)).repeat(num_groups)
     place = torch.cat([torch.arange(n) for n in counts])
     query = (place + group_size * torch.arange(num_groups)[:, None]).flatten()
-    image, query = (x.to(anchors.device, non_blocking=True) for x in (image, query))
-    return labels, boxes, (image, query)
+    image = image_of_targets(targets).repeat(num_groups)
+    return labels, boxes, (image, query.to(anchors.device, non_blocking=True))
+
+
+def image_of_targets(targets: Sequence[dict[str, Tensor]]) -> Tensor:
+    """(N,) int64, the number of each target's image in the batch, on the targets' device."""
+    counts = torch.tensor([len(t["labels"]) for t in targets])
+    image = torch.arange(len(targets)).repeat_interleave(counts)
+    return image.to(targets[0]["labels"].device, non_blocking=True)
 
 
 def _true_at(where: tuple[Tensor, Tensor], *size: int) -> Tensor:

@@ -7,7 +7,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from .dn_components import focal_term, generalized_box_iou
+from .dn_components import focal_term, generalized_box_iou, image_of_targets
 
 Problem = tuple[Tensor, Tensor, Sequence[dict[str, Tensor]]]
 
@@ -72,10 +72,3 @@ def solve(costs: Tensor) -> Tensor:
         objects, queries = linear_sum_assignment(cost)
         row[torch.from_numpy(objects)] = torch.from_numpy(queries)
     return matched
-
-
-def image_of_targets(targets: Sequence[dict[str, Tensor]]) -> Tensor:
-    """(N,) int64, the number of each target's image in the batch, on the targets' device."""
-    counts = torch.tensor([len(t["labels"]) for t in targets])
-    image = torch.arange(len(targets)).repeat_interleave(counts)
-    return image.to(targets[0]["labels"].device, non_blocking=True)

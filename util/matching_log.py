@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from models.criterion import stack_layers
 from models.dn_components import by_layer
 from models.matcher import HungarianMatcher
 
@@ -26,7 +27,7 @@ class MatchingLog:
     def update(self, outputs: dict, targets: Sequence[dict]) -> None:
         """Add the detector's `outputs` for a batch; `targets` must have an "image_id"."""
         layers = [*outputs["aux_outputs"], outputs]
-        logits, boxes = (torch.stack([x[k] for x in layers]) for k in ("pred_logits", "pred_boxes"))
+        logits, boxes = stack_layers(layers)
         matched = self.matcher(logits, boxes, targets).split([len(t["boxes"]) for t in targets], 1)
         layer = torch.arange(len(layers), device=boxes.device)[:, None]
         for image, (query, target) in enumerate(zip(matched, targets, strict=True)):
