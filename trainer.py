@@ -30,7 +30,6 @@ from util.logging import Averages, ProgressBar, RunLog, peak_memory_mb
 from util.matching_log import MatchingLog
 from util.run_dir import claimed, find_resume, prepare_output_dir, remove_run, should_overwrite
 from util.signals import Stopped, StopRequest
-from util.visualize import side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +180,8 @@ def evaluate_state(
 
 def draw_pictures(evaluator: CocoEvaluator, directory: Path, number: int) -> None:
     """Draw the first images, each next to as many of its best detections as it has objects."""
+    from util.visualize import side_by_side  # matplotlib takes half a second
+
     dataset, names = evaluator.dataset, evaluator.dataset.class_map.names
     directory.mkdir(exist_ok=True)
     # With --debug not all images were evaluated.

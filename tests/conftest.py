@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ class Pair:
     """Two worker processes, started once because startup outlasts most of their tasks."""
 
     def __init__(self):
-        self.processes: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        self.processes: list[tuple[BaseProcess, Connection]] = []
 
     def call(self, function: Callable[[Any], Any], first: Any, second: Any) -> list[Any]:
         """Results of the module-level `function` in each process; None where it raises or takes
@@ -92,17 +94,16 @@ def pair() -> Iterator[Pair]:
     pair.stop()
 
 
-def wait_for_first_epoch(process: subprocess.Popen) -> None:
-    """Reads a run's output until its first epoch completes; fails if the run exits first."""
-    printed = []
-    for line in process.stdout:
-        if line.startswith("epoch 0: loss"):
-            return
-        printed.append(line)
-    pytest.fail("the run exited before its first epoch completed:\n" + "".join(printed))
+def wait_for_first_epoch(output: Path, is_running: Callable[[], bool]) -> None:
+    """Wait until a run says in the file `output` that its first epoch is complete; fails if the run
+    exits first."""
+    while "\nepoch 0: loss" not in (printed := output.read_text() if output.exists() else ""):
+        if not is_running():
+            pytest.fail(f"the run exited before its first epoch completed:\n{printed}")
+        time.sleep(0.02)
 
 
-def children_of(process: subprocess.Popen) -> list[int]:
+def children_of(process: BaseProcess | subprocess.Popen) -> list[int]:
     return [
         int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ]

@@ -9,13 +9,14 @@ every epoch once with the same losses. This takes about ten minutes on two CPU c
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -32,22 +33,56 @@ MODEL = [
 ]
 
 
-def start(processes: int, data: Path, out: Path, epochs: int) -> subprocess.Popen:
-    """Start or resume a training in a new process group."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+# Processes are forked from one that has imported main.py, which takes longer than a training here.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["main"])
+
+
+def run_main(argv: list[str], output: Path) -> None:
+    """main.py in a process group of its own, printing to a file."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as in a run on its own
+    with open(output, "a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    from main import main
+
+    sys.exit(main(argv))
+
+
+def start_main(argv: list[str], output: Path) -> BaseProcess:
+    process = FORKS.Process(target=run_main, args=(argv, output))
+    process.start()
+    return process
+
+
+def kill(process: BaseProcess) -> None:
+    """With its data workers."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def start(processes: int, data: Path, out: Path, epochs: int) -> list[BaseProcess]:
+    """Start or resume a training."""
+    out.mkdir(exist_ok=True)
+    store = f"file://{out / 'store'}{len(list(out.glob('output*')))}"
+    together = ["--world_size", str(processes), "--dist_url", store] if processes > 1 else []
     paths = ["--coco_path", str(data), "--output_dir", str(out), "--resume", "auto"]
-    command = [*launcher, "main.py", *MODEL, *paths, "--epochs", str(epochs)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
+    argv = [*MODEL, *paths, *together, "--epochs", str(epochs)]
+    started = []
+    for rank in range(processes):
+        output = out / f"output{len(list(out.glob('output*')))}.txt"
+        output.touch()
+        started.append(start_main([*argv, *(["--rank", str(rank)] if together else [])], output))
+    return started
 
 
-def finish(process: subprocess.Popen) -> None:
-    output, _ = process.communicate(timeout=600)
-    if process.returncode:
-        sys.exit(f"an uninterrupted run failed:\n{output}")
+def finish(processes: list[BaseProcess], out: Path) -> None:
+    for process in processes:
+        process.join(600)
+    if any(process.exitcode for process in processes):
+        printed = [path.read_text() for path in sorted(out.glob("output*"))]
+        sys.exit("\n".join(["an uninterrupted run failed:", *printed]))
 
 
 def differences(a: object, b: object, name: str = "") -> list[str]:
@@ -70,7 +105,8 @@ def read_log(out: Path) -> list[dict]:
 def compare(uninterrupted: Path, killed: Path) -> list[str]:
     (_, expected), (_, actual) = latest_checkpoint(uninterrupted), latest_checkpoint(killed)
     for state in (expected, actual):
-        state["config"].pop("output_dir")
+        for name in ("output_dir", "dist_url"):
+            state["config"].pop(name)
         for name in ("seconds", "averages", "trained"):  # contain timings
             state.pop(name)
     problems = differences(expected, actual)
@@ -84,25 +120,27 @@ def test(kills: int, processes: int, directory: Path, generator: random.Random) 
     """The differences after `kills` kills."""
     data = make_toy_coco(directory / f"toy{processes}", num_train=24, num_val=4, size=64)
     epochs, uninterrupted, killed = 3 * kills, directory / "uninterrupted", directory / "killed"
-    finish(start(processes, data, directory / "short", 1))
+    finish(start(processes, data, directory / "short", 1), directory / "short")
     begin = time.monotonic()
-    finish(start(processes, data, directory / "short", 1))  # with warm caches, nothing to train
+    # With warm caches, nothing to train.
+    finish(start(processes, data, directory / "short", 1), directory / "short")
     startup = time.monotonic() - begin
-    finish(start(processes, data, uninterrupted, epochs))
+    finish(start(processes, data, uninterrupted, epochs), uninterrupted)
     training = max(time.monotonic() - begin - 2 * startup, 1.0)
     done = 0
     while done < kills:
-        with start(processes, data, killed, epochs) as process:
-            time.sleep(startup * generator.uniform(0.5, 1) + generator.uniform(0, training / kills))
-            if process.poll() is not None:
-                break
-            os.killpg(process.pid, signal.SIGKILL)
-            done += 1
+        running = start(processes, data, killed, epochs)
+        time.sleep(startup * generator.uniform(0.5, 1) + generator.uniform(0, training / kills))
+        if not all(process.is_alive() for process in running):
+            break
+        for process in running:
+            kill(process)
+        done += 1
     position = "at the start"
     if latest := latest_checkpoint(killed):
         position = f"in epoch {latest[1]['epoch'] + 1}, step {latest[1]['step']}"
     print(f"{processes} processes: {done} of {kills} kills before the end, the last {position}")
-    finish(start(processes, data, killed, epochs))
+    finish(start(processes, data, killed, epochs), killed)
     return compare(uninterrupted, killed)
 
 

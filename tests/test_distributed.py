@@ -29,6 +29,7 @@ from models.criterion import SetCriterion
 from models.errors import UserError
 from models.nested_tensor import nested_tensor_from_tensor_list
 from tests.conftest import SMALL, Pair, children_of, wait_for_first_epoch
+from tests.kill_runs import kill, start_main
 from tests.test_main import assert_same_state, read_log
 from train_state import TrainState
 from util.checkpoint import read_checkpoint
@@ -40,12 +41,14 @@ PLAIN = ["--batch_norm_type", "FrozenBatchNorm2d", "--use_dn", "--dn_label_noise
 PLAIN += ["--dn_box_noise_scale", "0", "--onecyclelr", "FALSE", "--fix_size"]
 
 
-def launch(processes: int, args: list[str], **kwargs) -> subprocess.Popen:
+def launch(processes: int, args: list[str], output: Path) -> subprocess.Popen:
+    """torchrun, printing to a file."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={processes}", "main.py", *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, **streams, **kwargs)
+    with open(output, "w") as file:
+        streams = {"stdout": file, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, env=environment, **streams)
 
 
 def run_both(pair: Pair, args: list[str], tmp_path: Path) -> None:
@@ -56,11 +59,8 @@ def run_both(pair: Pair, args: list[str], tmp_path: Path) -> None:
     store.touch()
 
 
-def run(processes: int, args: list[str]) -> str:
-    with launch(processes, args) as process:
-        printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
-    return printed
+def run(processes: int, args: list[str], output: Path) -> None:
+    assert launch(processes, args, output).wait(300) == 0, output.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(
         elif processes == 2:
             run_both(pair, args, tmp_path)
         else:
-            run(processes, args)
+            run(processes, args, tmp_path / "output.txt")
         metrics = json.loads((out / "eval.json").read_text())["test_coco_eval_bbox"]
         results.append((metrics, json.loads((out / "results.json").read_text())))
     assert results[0] == results[1] == results[2]
@@ -287,13 +287,13 @@ def test_signal_saves_and_the_run_resumes(pair: Pair, data: Path, tmp_path: Path
     args = ["--epochs", "3", "--dropout", "0.1", "--dn_box_noise_scale", "0.4"]
     run_both(pair, arguments(data, tmp_path / "whole", 1, *args), tmp_path)
     stopped = arguments(data, tmp_path / "stopped", 1, *args, "--resume", "auto")
-    with launch(2, stopped) as process:
-        wait_for_first_epoch(process)
-        time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
-        printed = process.communicate(timeout=300)[0]
-    assert process.returncode != 0
-    assert "stopped by SIGTERM; --resume auto continues" in printed
+    output = tmp_path / "output.txt"
+    process = launch(2, stopped, output)
+    wait_for_first_epoch(output, lambda: process.poll() is None)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(300) != 0
+    assert "stopped by SIGTERM; --resume auto continues" in output.read_text()
     state = read_checkpoint(tmp_path / "stopped" / "checkpoint.pth")
     assert state["epoch"] < 2
     run_both(pair, stopped, tmp_path)
@@ -310,34 +310,35 @@ def test_signal_saves_and_the_run_resumes(pair: Pair, data: Path, tmp_path: Path
 
 
 def test_killed_process_stops_the_others(data: Path, tmp_path: Path):
-    args = arguments(data, tmp_path / "out", 1, "--epochs", "100")
-    with launch(2, args) as process:
-        wait_for_first_epoch(process)
-        os.kill(children_of(process)[-1], signal.SIGKILL)
-        printed = process.communicate(timeout=300)[0]
-    assert process.returncode != 0
-    assert "Signal 9 (SIGKILL)" in printed  # torchrun's final message names the cause
+    args, output = arguments(data, tmp_path / "out", 1, "--epochs", "100"), tmp_path / "output.txt"
+    process = launch(2, args, output)
+    wait_for_first_epoch(output, lambda: process.poll() is None)
+    os.kill(children_of(process)[-1], signal.SIGKILL)
+    assert process.wait(300) != 0
+    assert "Signal 9 (SIGKILL)" in output.read_text()  # torchrun's final message names the cause
 
 
 @pytest.mark.slow
 def test_hung_process_stops_the_others(data: Path, tmp_path: Path):
-    args = arguments(data, tmp_path / "out", 1, "--epochs", "100", "--dist_timeout", "0.3")
-    with launch(2, args) as process:
-        wait_for_first_epoch(process)
-        os.kill(children_of(process)[-1], signal.SIGSTOP)
-        printed = process.communicate(timeout=300)[0]
-    assert process.returncode != 0
-    assert "lost contact with another process, which died or hangs" in printed
+    args = arguments(data, tmp_path / "out", 1, "--epochs", "100", "--dist_timeout", "0.15")
+    args += ["--world_size", "2", "--dist_url", f"file://{tmp_path}/store"]
+    outputs = [tmp_path / f"output{rank}.txt" for rank in range(2)]
+    ranks = enumerate(outputs)
+    first, second = [start_main([*args, "--rank", str(rank)], output) for rank, output in ranks]
+    wait_for_first_epoch(outputs[0], first.is_alive)
+    os.kill(second.pid, signal.SIGSTOP)
+    first.join(300)
+    kill(second)
+    assert first.exitcode == 1
+    assert "lost contact with another process, which died or hangs" in outputs[0].read_text()
 
 
-@pytest.mark.slow
 def test_second_run_in_one_directory_is_rejected(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 1, "--epochs", "100")
-    with launch(1, args) as first:
-        wait_for_first_epoch(first)
-        with launch(2, args) as second:
-            printed = second.communicate(timeout=300)[0]
-        first.kill()
-        first.stdout.close()
-    assert second.returncode != 0
-    assert "is in use by process" in printed
+    outputs = tmp_path / "first.txt", tmp_path / "second.txt"
+    first = start_main(args, outputs[0])
+    wait_for_first_epoch(outputs[0], first.is_alive)
+    second = launch(2, args, outputs[1])
+    assert second.wait(300) != 0
+    kill(first)
+    assert "is in use by process" in outputs[1].read_text()

@@ -28,9 +28,10 @@ def test_overfits_eight_images(tmp_path: Path):
     )
     torch.manual_seed(0)
     dataset = build_dataset(cfg, "val")
-    sampler = RandomSampler(dataset, replacement=True, num_samples=STEPS * cfg.batch_size)
-    train_loader = DataLoader(dataset, cfg.batch_size, sampler=sampler, collate_fn=collate)
-    test_loader = DataLoader(dataset, cfg.batch_size, collate_fn=collate)
+    samples = [dataset[i] for i in range(len(dataset))]  # decoded once
+    sampler = RandomSampler(samples, replacement=True, num_samples=STEPS * cfg.batch_size)
+    train_loader = DataLoader(samples, cfg.batch_size, sampler=sampler, collate_fn=collate)
+    test_loader = DataLoader(samples, cfg.batch_size, collate_fn=collate)
     model, criterion, postprocess = build_model(cfg)
     state = TrainState(cfg, model, dataset.class_map, STEPS)
     for epoch in range(ROUNDS):

@@ -6,8 +6,6 @@ import math
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from main import main
+from tests.conftest import wait_for_first_epoch
+from tests.kill_runs import kill, start_main
 from util.checkpoint import latest_checkpoint, read_checkpoint
 
 # Everything stateful: schedule, average, random numbers of dropout and denoising.
@@ -130,13 +130,11 @@ def test_optimizers_resume(optimizer: str, small: list[str], tmp_path: Path, cap
 
 def test_killed_run_resumes(small: list[str], trained: Path):
     """kill -9 after the first epoch, then --resume auto: the same result."""
-    out = Path(small[-1])
-    command = [sys.executable, "main.py", *small, *STATEFUL, "--resume", "auto"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("epoch 0: loss"):
-                process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    out, output = Path(small[-1]), Path(small[-1]).with_suffix(".txt")
+    process = start_main([*small, *STATEFUL, "--resume", "auto"], output)
+    wait_for_first_epoch(output, process.is_alive)
+    kill(process)
+    assert process.exitcode == -signal.SIGKILL
     assert main([*small, *STATEFUL, "--resume", "auto"]) == 0
     assert [line["epoch"] for line in read_log(out)] == [0, 1, 2]
     assert_same_state(*(read_checkpoint(d / "checkpoint.pth") for d in (out, trained)))

@@ -79,7 +79,7 @@ def test_preempted_and_timed_out_job_equals_an_uninterrupted_run(
 
     printed = "".join(path.read_text() for path in job.glob("*_log.*"))
     assert "SIGUSR2" in printed and "requeu" in printed.lower()
-    run(2, [*args, "--output_dir", str(cluster / "whole")])
+    run(2, [*args, "--output_dir", str(cluster / "whole")], cluster / "output.txt")
     checkpoints = [read_checkpoint(out / "checkpoint.pth") for out in (job, cluster / "whole")]
     for checkpoint in checkpoints:
         checkpoint["ema_model"] = {}
