@@ -253,6 +253,8 @@ class CocoDetection(torch.utils.data.Dataset):
         return {"boxes": boxes, "labels": labels, "crowd": truth["iscrowd"].tolist()}
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        if index >= len(self):
+            raise IndexError(index)  # ends a loop over the data set
         image, position, skipped = self._read(index)
         size, declared_size = tuple(image.shape[-2:]), tuple(self._sizes[position].tolist())
         if size != declared_size and np.inf not in declared_size and not self._warned_about_size:
