@@ -1,6 +1,7 @@
 # make demo    install, make the toy data set, train a small model on it, draw what it detects
 # make test    install, run every test
 # make zoo     train a small model of every kind, and print what they reach: under two hours
+# make evidence    run all comparisons of experiments/ that need no COCO: hours; see docs/RESULTS.md
 # make op      compile deformable attention, for the CPU and for CUDA where its toolkit is
 # make gpu     on a machine with a GPU: try and measure there whatever needs one, in nine minutes
 # make lint    check formatting, style and types
@@ -16,16 +17,18 @@ MODEL ?= dino
 DATA := outputs/toy_coco
 OUT := outputs/demo
 CPU_OP := ops/libms_deform_attn_cpu.so
+# Python compiles what is imported; all files of these packages would take pip a minute.
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo zoo test op gpu lint docs clean
+.PHONY: demo zoo evidence test op gpu lint docs clean
 
 $(VENV)/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install $(PIP_OPTIONS) -r requirements.txt
 	touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install $(PIP_OPTIONS) -r requirements-dev.txt
 	touch $@
 
 # Without a compiler this fails, which is no reason to stop: the PyTorch reference is used.
@@ -50,8 +53,12 @@ demo: $(DATA)/annotations/instances_val2017.json $(CPU_OP)
 zoo: $(DATA)/annotations/instances_val2017.json $(CPU_OP)
 	$(BIN)/python tools/zoo.py --coco_path $(DATA) --output_dir outputs/zoo
 
+# DATASETS: the directory that contains bccd and cards, see README.
+evidence: $(VENV)/.installed-dev $(CPU_OP)
+	$(BIN)/python tools/experiment.py --data $(or $(DATASETS),data)
+
 test: $(VENV)/.installed-dev $(CPU_OP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
@@ -67,7 +74,7 @@ docs: $(VENV)-docs/.installed
 
 $(VENV)-docs/.installed: requirements-docs.txt
 	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
-	$(VENV)-docs/bin/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	$(VENV)-docs/bin/pip install $(PIP_OPTIONS) -r requirements-docs.txt
 	touch $@
 
 clean:
