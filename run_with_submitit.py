@@ -8,6 +8,7 @@ requeues itself, and later resumes from there.
 """
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -26,10 +27,11 @@ SIGNAL_DELAY = 120  # seconds before the time limit at which the job gets a sign
 
 
 class Job(submitit.helpers.Checkpointable):
-    """Runs main.py in every task; the default output directory is the job's."""
+    """Runs main.py, or another module with such a `main`, in every task; the default output
+    directory is the job's."""
 
-    def __init__(self, argv: Sequence[str], output_dir: str):
-        self.argv, self.output_dir = list(argv), output_dir
+    def __init__(self, argv: Sequence[str], output_dir: str, program: str = "main"):
+        self.argv, self.output_dir, self.program = list(argv), output_dir, program
 
     def __call__(self) -> None:
         """Exit with main.py's status; if it is not 0, Slurm terminates the other tasks."""
@@ -43,8 +45,7 @@ class Job(submitit.helpers.Checkpointable):
         }
         os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         sys.path.insert(0, ROOT)
-        from main import main
-
+        main = importlib.import_module(self.program).main
         status = main([*self.argv, "--output_dir", self.output_dir or str(task.paths.folder)])
         if status == 128 + signal.SIGUSR2:
             time.sleep(SIGNAL_DELAY)  # until the first task has requeued the job
@@ -76,8 +77,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def submit(args: argparse.Namespace, function: Job) -> submitit.Job:
-    """Submit the job. UserError if Slurm rejects it."""
+def submit(args: argparse.Namespace, functions: Sequence[Job]) -> list[submitit.Job]:
+    """Submit the jobs, several as an array. UserError if Slurm rejects them."""
     tasks = args.ngpus or args.ntasks_per_node or 1
     cluster = "local" if args.local else "slurm"
     executor = submitit.AutoExecutor(args.job_dir, cluster, slurm_max_num_timeout=1000)
@@ -99,7 +100,10 @@ def submit(args: argparse.Namespace, function: Job) -> submitit.Job:
         **{name: value for name, value in options.items() if value is not None},
     )
     try:
-        return executor.submit(function)
+        if len(functions) == 1:
+            return [executor.submit(functions[0])]
+        with executor.batch():
+            return [executor.submit(function) for function in functions]
     except (submitit.core.utils.FailedJobError, FileNotFoundError) as e:
         raise UserError(f"job not submitted: {str(e).strip().splitlines()[-1]}") from e
 
@@ -108,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 for a user error, including errors in main.py's options."""
     try:
         args, rest = build_parser().parse_known_args(argv)
-        job = submit(args, Job(rest, parse_command_line(rest).output_dir))
+        (job,) = submit(args, [Job(rest, parse_command_line(rest).output_dir)])
     except UserError as e:
         print(f"run_with_submitit.py: error: {e}", file=sys.stderr)
         return 2

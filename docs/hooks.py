@@ -21,4 +21,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             pages[f"api/{page}"] = f"# {name}\n\n::: {name}\n"
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
+    for path in sorted(ROOT.glob("results/*/curves.png")):  # of docs/RESULTS.md
+        place = str(path.relative_to(ROOT))
+        files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
+
+
+def on_page_markdown(markdown: str, **_) -> str:
+    """Pictures outside this folder are copied into the site, where links cannot leave it."""
+    return markdown.replace("](../results/", "](results/")

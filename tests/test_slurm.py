@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from experiments import load
 from run_with_submitit import main
 from tests.conftest import SMALL
 from tests.test_distributed import run
+from tests.test_experiments import TINY
 from tests.test_main import assert_same_state, read_log
+from tools import experiment
 from util.checkpoint import read_checkpoint
 
 SCRIPT = Path(__file__).parent / "slurm_cluster.sh"
@@ -102,3 +105,18 @@ def test_local_job_and_unknown_option(toy: Path, tmp_path: Path, capsys: pytest.
     assert len(read_checkpoint(job / "checkpoint.pth")["rng"]) == 2
     assert main([*slurm, "--num_querys", "100"]) == 2
     assert "did you mean num_queries?" in capsys.readouterr().err
+
+
+def test_a_comparison_is_an_array(cluster: Path, toy: Path, capsys: pytest.CaptureFixture):
+    """tools/experiment.py --slurm: a job for each arm, and tables of what they reached."""
+    place = ["mask_toy", "--seeds", "1", "--output_dir", str(cluster)]
+    place += ["--options", *TINY, "epochs=1"]
+    shutil.copytree(toy, cluster / f"outputs/experiments/{load('mask_toy').data}")
+    slurm = ["--slurm", "--ngpus", "0", "--cpus_per_task", "1", "--mem_gb", "2"]
+    assert experiment.main([*place, *slurm, "--job_dir", str(cluster / "%j")]) == 0
+    jobs = re.findall(r"job (\d+)_(\d), ", capsys.readouterr().out)
+    assert [task for _, task in jobs] == ["0", "1"] and jobs[0][0] == jobs[1][0]
+    logs = lambda: list(cluster.glob("outputs/experiments/mask_toy/*/seed_0/log.txt"))
+    wait_for(lambda: len(logs()) == 2, 300, cluster / jobs[0][0])
+    assert experiment.main([*place, "--report"]) == 0
+    assert "| without the mask - with the mask |" in capsys.readouterr().out

@@ -1,0 +1,24 @@
+"""What the mask between denoising groups and matching queries is for, on the toy set."""
+
+from experiments import AP, AP50, TRAINING_LOSS, Arm, Experiment, Toy
+
+CLAIM = (
+    "DN-DETR (section 4): without the mask, matching queries copy the answer from the denoising "
+    "queries. The training loss falls, and the AP, measured without denoising queries, collapses."
+)
+
+
+def arms(config: str) -> dict[str, Arm]:
+    without = Arm(config, against="with the mask", program="experiments.programs.without_mask")
+    return {"with the mask": Arm(config), "without the mask": without}
+
+
+experiment = Experiment(
+    title="The mask between denoising and matching: toy set",
+    claim=CLAIM,
+    data=Toy(num_train=1000, num_val=250),
+    epochs=8,
+    arms=arms("toy/dn_dab_deformable_detr"),
+    figures=[AP, AP50, TRAINING_LOSS],
+    drawn=["AP", "training loss"],
+)

@@ -1,0 +1,226 @@
+"""Runs a comparison of experiments/ and writes its tables and plots:
+
+    python tools/experiment.py convergence_toy --seeds 1
+
+Every arm is trained once for each seed, several runs at a time, or as a Slurm array with --slurm
+and the options of run_with_submitit.py. Interrupted, the same command goes on: finished runs are
+kept, others resumed. Checkpoints are in outputs/experiments/, logs, tables and plots in results/,
+and docs/RESULTS.md is written anew from all results.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import run_with_submitit
+from benchmarks.common import describe_machine
+from datasets.toy import make_toy_coco
+from experiments import Experiment, Toy, load, names
+from models.errors import UserError
+from tools.results import duplicates_per_object, is_finished, slug, write_page, write_results
+from util.config import Parser
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Run:
+    """One arm trained with one seed. `data`: its data set; `outputs`: where checkpoints go, and
+    `results`: where the log goes when it is finished."""
+
+    name: str
+    program: str
+    arguments: list[str]
+    data: Path
+    outputs: Path
+    results: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run with the same arguments is among the results."""
+        path = self.results / "run.json"
+        return path.exists() and json.loads(path.read_text())["arguments"] == self.arguments
+
+    def argv(self) -> list[str]:
+        """main.py's, without the output directory. A directory that has a run with other arguments
+        is overwritten."""
+        path, overwrite = self.outputs / "arguments.json", []
+        if path.exists() and json.loads(path.read_text()) != self.arguments:
+            print(f"{self.name}: its options have changed, starting again")
+            overwrite = ["--overwrite"]
+        self.outputs.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.arguments))
+        return [*self.arguments, "--coco_path", str(self.data), *overwrite]
+
+    def collect(self) -> bool:
+        """Copy the log of a complete run to the results, with what else was measured, and where."""
+        log = self.outputs / "log.txt"
+        if not log.exists() or not is_finished(self.outputs):
+            return False
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        if (self.outputs / "results.json").exists():
+            lines[-1]["duplicates"] = duplicates_per_object(self.data, self.outputs)
+        self.results.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (self.results / "log.txt").write_text(text)
+        machine = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
+        origin = {"arguments": self.arguments, "commit": commit(), "processor": machine["name"]}
+        origin |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+        (self.results / "run.json").write_text(json.dumps(origin, indent=2) + "\n")
+        return True
+
+
+def commit() -> str:
+    """The checkout's commit, with a + if files have changed since."""
+    git = lambda *words: subprocess.run(
+        ["git", *words], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def find_data(data: Toy | str, folder: Path, root: Path) -> Path:
+    """The directory of a data set in `folder`, or of a toy data set, made in outputs/ if it is not
+    there yet."""
+    if isinstance(data, str):
+        path = folder / data
+        if not path.is_dir():
+            raise UserError(f"data: {path} is not there; --data is the directory that has {data}")
+        return path
+    path = root / "outputs/experiments" / str(data)
+    if not (path / "annotations/instances_val2017.json").exists():
+        make_toy_coco(path, **dataclasses.asdict(data))
+    return path
+
+
+def list_runs(
+    name: str,
+    experiment: Experiment,
+    seeds: Sequence[int],
+    data: Path,
+    more: Sequence[str],
+    root: Path,
+) -> list[Run]:
+    """All runs, one seed after the other, so that an interrupted comparison has complete seeds.
+    `more`: options of every arm that override the description's; `root`: has outputs and results.
+    """
+    runs = []
+    for seed in seeds:
+        for arm_name, arm in experiment.arms.items():
+            options = {**experiment.options, **arm.options, "epochs": experiment.epochs}
+            arguments = ["-c", str(ROOT / "configs" / f"{arm.config}.py")]
+            arguments += ["--seed", str(seed)]
+            arguments += ["--options", *(f"{k}={v}" for k, v in options.items()), *more]
+            place = f"{name}/{slug(arm_name)}/seed_{seed}"
+            title = f"{arm_name}, seed {seed}"
+            outputs, results = root / "outputs/experiments" / place, root / "results" / place
+            runs.append(Run(title, arm.program, arguments, data, outputs, results))
+    return runs
+
+
+def run_here(runs: Sequence[Run], jobs: int, processes: int) -> None:
+    """Run `jobs` at a time. UserError if one fails; the others end first. A signal to stop reaches
+    all of them, and they save."""
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    running: set[subprocess.Popen] = set()
+    begun, stopped = time.monotonic(), []
+
+    def train(run: Run) -> str:
+        if stopped:
+            return ""
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *(launcher if processes > 1 else []), "-m", run.program]
+        command += [*run.argv(), "--output_dir", str(run.outputs)]
+        with open(run.outputs / "output.txt", "a") as output:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+            running.add(process)
+            status = process.wait()
+            running.discard(process)
+        if status or not run.collect():
+            return f"{run.name}: exit status {status}, see {run.outputs / 'output.txt'}"
+        seconds = timedelta(seconds=int(time.monotonic() - begun))
+        print(f"{run.name}: finished, {seconds} since the start", flush=True)
+        return ""
+
+    def stop(signum: int, _) -> None:
+        stopped.append(signum)
+        for process in list(running):
+            process.send_signal(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+    with ThreadPoolExecutor(jobs) as pool:
+        failures = [problem for problem in pool.map(train, runs) if problem]
+    if stopped:
+        raise UserError("stopped; the same command goes on from there")
+    if failures:
+        raise UserError("\n".join(failures))
+
+
+def run_on_slurm(runs: Sequence[Run], argv: Sequence[str]) -> None:
+    """Submit the runs as an array."""
+    args = run_with_submitit.build_parser().parse_args(argv)
+    jobs = [run_with_submitit.Job(run.argv(), str(run.outputs), run.program) for run in runs]
+    submitted = run_with_submitit.submit(args, jobs)
+    for run, job in zip(runs, submitted, strict=True):
+        print(f"{run.name}: job {job.job_id}, {job.paths.stdout}")
+    print("when they are finished, the same command with --report writes tables and plots")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 for a user error or a run that failed."""
+    head, *_, tail = __doc__.split("\n\n")
+    parser = Parser("experiment.py", description=head.split(":")[0] + ".", epilog=tail)
+    add = parser.add_argument
+    add(
+        "name", nargs="*", metavar="NAME", help=f"all that need no COCO, or of {', '.join(names())}"
+    )
+    add("--seeds", type=int, metavar="N", help="use the first N of the seeds")
+    add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (all cores)")
+    add("--data", default="data", metavar="DIR", help="directory of the data sets (%(default)s)")
+    add("--output_dir", default=ROOT, metavar="DIR", help="where to write (repository)")
+    add("--report", action="store_true", help="train nothing, only write tables and plots")
+    add("--slurm", action="store_true", help="submit; options of run_with_submitit.py may follow")
+    add("--options", nargs="+", default=[], metavar="NAME=VALUE", help="for main.py, of every arm")
+    try:
+        args, rest = parser.parse_known_args(argv)
+        if rest and not args.slurm:
+            raise UserError(f"unknown arguments {' '.join(rest)}")
+        root = Path(args.output_dir).resolve()
+        for name in args.name or [name for name in names() if load(name).data != "coco"]:
+            experiment = load(name)
+            data = find_data(experiment.data, Path(args.data).resolve(), root)
+            seeds = experiment.seeds[: args.seeds]
+            runs = list_runs(name, experiment, seeds, data, args.options, root)
+            missing = [run for run in runs if not run.finished and not run.collect()]
+            if args.slurm:
+                run_on_slurm(missing, rest)
+                continue
+            if not args.report:
+                print(f"{name}: {len(runs) - len(missing)} runs are finished, {len(missing)} left")
+                run_here(missing, args.jobs, experiment.processes)
+            print(write_results(name, experiment, root / "results" / name))
+        write_page(root)
+    except (UserError, OSError) as e:
+        print(f"experiment.py: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
