@@ -1,5 +1,8 @@
 """DN-DETR, figure 1 and section 3, on the toy set: denoising halves the training."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from experiments import AP, AP50, Arm, Experiment, Figure, Toy, by_layer
 
 CLAIM = (
@@ -9,13 +12,13 @@ CLAIM = (
 )
 
 
-def arms(place: str = "", suffix: str = "") -> dict[str, Arm]:
+def arms(place: str = "", suffix: str = "", dense: Mapping[str, Any] = {}) -> dict[str, Arm]:
     """A dense and a deformable detector, each without and with denoising; their config files are
-    those in `place` with this suffix."""
+    those in `place` with this suffix. `dense`: options of the dense ones."""
     name = lambda model: f"{place}{model}{suffix}"
     return {
-        "DAB-DETR": Arm(name("dab_detr")),
-        "DN-DETR": Arm(name("dn_dab_detr"), against="DAB-DETR"),
+        "DAB-DETR": Arm(name("dab_detr"), dense),
+        "DN-DETR": Arm(name("dn_dab_detr"), dense, against="DAB-DETR"),
         "DAB-Deformable-DETR": Arm(name("dab_deformable_detr")),
         "DN-Deformable-DETR": Arm(name("dn_dab_deformable_detr"), against="DAB-Deformable-DETR"),
     }
@@ -30,12 +33,14 @@ def figures(layers: int) -> list[Figure]:
     ]
 
 
+SIZES = {"data_aug_scales": [72, 84, 96], "data_aug_max_size": 96, "batch_size": 8}
+
 experiment = Experiment(
     title="Denoising halves the training: toy set",
     claim=CLAIM,
-    data=Toy(num_train=1000, num_val=250),
-    epochs=12,
-    arms=arms("toy/"),
-    options={"log_matching": True, "onecyclelr": False, "lr_drop": 10},
+    data=Toy(num_train=1000, num_val=200, size=96),
+    epochs=10,
+    arms=arms("toy/", dense={"return_interm_indices": [1]}),  # stride 8
+    options={**SIZES, "log_matching": True, "onecyclelr": False, "lr_drop": 8},
     figures=figures(layers=3),
 )

@@ -53,7 +53,7 @@ def test_full_size_comparisons_start(name: str, tmp_path: Path, monkeypatch: pyt
     data = make_toy_coco(tmp_path / "toy", num_train=4, num_val=2, size=48)
     monkeypatch.setattr(dn_components, "group_mask", dn_components.group_mask)  # an arm changes it
     for run in runs_of(name, data, tmp_path, "epochs=1", "lr_drop=1"):
-        program = importlib.import_module(run.program)
+        program = importlib.import_module(run.settings["program"])
         assert program.main([*run.argv(), "--output_dir", str(run.outputs)]) == 0
         assert run.collect() and run.finished
 
@@ -178,3 +178,18 @@ def test_duplicates(tmp_path: Path):
     annotations.write_text(json.dumps({"annotations": truth}))
     (tmp_path / "results.json").write_text(json.dumps(found))
     assert duplicates_per_object(tmp_path, tmp_path) == 0.5
+
+
+def test_runs_get_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    def places(gpus: int, jobs: int | None, processes: int) -> list[dict[str, str]]:
+        monkeypatch.setattr(tool.torch.cuda, "device_count", lambda: gpus)
+        queue = tool.free_places(jobs, processes)
+        return [queue.get() for _ in range(queue.qsize())]
+
+    visible = lambda *names: [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+    assert places(4, None, 1) == visible("0", "1", "2", "3")
+    assert places(5, None, 2) == visible("0,1", "2,3")
+    assert places(4, 1, 2) == visible("0,1")
+    monkeypatch.setattr(tool.os, "cpu_count", lambda: 6)
+    assert places(0, None, 1) == 6 * [{"OMP_NUM_THREADS": "1"}]
+    assert places(0, 2, 1) == 2 * [{"OMP_NUM_THREADS": "3"}]

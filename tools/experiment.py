@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import torch
 
@@ -37,32 +39,34 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Run:
-    """One arm trained with one seed. `data`: its data set; `outputs`: where checkpoints go, and
-    `results`: where the log goes when it is finished."""
+    """One arm trained with one seed. `settings` decide its outcome: program, config, options and
+    seed. `data`: its data set; `outputs`: where checkpoints go; `results`: where the log goes when
+    it is finished."""
 
     name: str
-    program: str
-    arguments: list[str]
+    settings: dict[str, Any]
     data: Path
     outputs: Path
     results: Path
 
     @property
     def finished(self) -> bool:
-        """Whether a run with the same arguments is among the results."""
+        """Whether a run with the same settings is among the results."""
         path = self.results / "run.json"
-        return path.exists() and json.loads(path.read_text())["arguments"] == self.arguments
+        return path.exists() and json.loads(path.read_text())["settings"] == self.settings
 
     def argv(self) -> list[str]:
-        """main.py's, without the output directory. A directory that has a run with other arguments
+        """main.py's, without the output directory. A directory that has a run with other settings
         is overwritten."""
-        path, overwrite = self.outputs / "arguments.json", []
-        if path.exists() and json.loads(path.read_text()) != self.arguments:
+        path, overwrite = self.outputs / "settings.json", []
+        if path.exists() and json.loads(path.read_text()) != self.settings:
             print(f"{self.name}: its options have changed, starting again")
             overwrite = ["--overwrite"]
         self.outputs.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.arguments))
-        return [*self.arguments, "--coco_path", str(self.data), *overwrite]
+        path.write_text(json.dumps(self.settings))
+        config = str(ROOT / "configs" / f"{self.settings['config']}.py")
+        argv = ["-c", config, "--seed", str(self.settings["seed"]), "--coco_path", str(self.data)]
+        return [*argv, *overwrite, "--options", *self.settings["options"]]
 
     def collect(self) -> bool:
         """Copy the log of a complete run to the results, with what else was measured, and where."""
@@ -76,7 +80,7 @@ class Run:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (self.results / "log.txt").write_text(text)
         machine = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
-        origin = {"arguments": self.arguments, "commit": commit(), "processor": machine["name"]}
+        origin = {"settings": self.settings, "commit": commit(), "processor": machine["name"]}
         origin |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
         (self.results / "run.json").write_text(json.dumps(origin, indent=2) + "\n")
         return True
@@ -120,37 +124,48 @@ def list_runs(
     for seed in seeds:
         for arm_name, arm in experiment.arms.items():
             options = {**experiment.options, **arm.options, "epochs": experiment.epochs}
-            arguments = ["-c", str(ROOT / "configs" / f"{arm.config}.py")]
-            arguments += ["--seed", str(seed)]
-            arguments += ["--options", *(f"{k}={v}" for k, v in options.items()), *more]
+            settings = {"program": arm.program, "config": arm.config, "seed": seed}
+            settings["options"] = [*(f"{k}={v}" for k, v in options.items()), *more]
             place = f"{name}/{slug(arm_name)}/seed_{seed}"
-            title = f"{arm_name}, seed {seed}"
             outputs, results = root / "outputs/experiments" / place, root / "results" / place
-            runs.append(Run(title, arm.program, arguments, data, outputs, results))
+            runs.append(Run(f"{arm_name}, seed {seed}", settings, data, outputs, results))
     return runs
 
 
-def run_here(runs: Sequence[Run], jobs: int, processes: int) -> None:
+def free_places(jobs: int | None, processes: int) -> SimpleQueue[dict[str, str]]:
+    """The environment of each of the runs that go at a time: GPUs of their own, or a share of the
+    cores. By default as many as there are GPUs for, or cores."""
+    gpus = range(0, torch.cuda.device_count() - processes + 1, processes)
+    names = [",".join(map(str, range(first, first + processes))) for first in gpus][:jobs]
+    places = [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+    if not places:
+        cores = os.cpu_count() or 1
+        places = [{"OMP_NUM_THREADS": str(max(cores // (jobs or cores), 1))}] * (jobs or cores)
+    queue: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for place in places:
+        queue.put(place)
+    return queue
+
+
+def run_here(runs: Sequence[Run], jobs: int | None, processes: int) -> None:
     """Run `jobs` at a time. UserError if one fails; the others end first. A signal to stop reaches
     all of them, and they save."""
-    threads = max((os.cpu_count() or 1) // jobs, 1)
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    places = free_places(jobs, processes)
     running: set[subprocess.Popen] = set()
     begun, stopped = time.monotonic(), []
 
     def train(run: Run) -> str:
-        if stopped:
-            return ""
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(launcher if processes > 1 else []), "-m", run.program]
-        command += [*run.argv(), "--output_dir", str(run.outputs)]
-        with open(run.outputs / "output.txt", "a") as output:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-            )
+        command = [sys.executable, *(launcher if processes > 1 else [])]
+        command += ["-m", run.settings["program"], "--output_dir", str(run.outputs), *run.argv()]
+        place = places.get()
+        with open(run.outputs / "output.txt", "a") as file:
+            streams = {"stdout": file, "stderr": subprocess.STDOUT}
+            process = subprocess.Popen(command, cwd=ROOT, env=os.environ | place, **streams)
             running.add(process)
             status = process.wait()
             running.discard(process)
+        places.put(place)
         if status or not run.collect():
             return f"{run.name}: exit status {status}, see {run.outputs / 'output.txt'}"
         seconds = timedelta(seconds=int(time.monotonic() - begun))
@@ -162,10 +177,11 @@ def run_here(runs: Sequence[Run], jobs: int, processes: int) -> None:
         for process in list(running):
             process.send_signal(signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
-    with ThreadPoolExecutor(jobs) as pool:
-        failures = [problem for problem in pool.map(train, runs) if problem]
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    with ThreadPoolExecutor(places.qsize()) as pool:
+        failures = [text for text in pool.map(lambda r: "" if stopped else train(r), runs) if text]
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
     if stopped:
         raise UserError("stopped; the same command goes on from there")
     if failures:
@@ -175,7 +191,8 @@ def run_here(runs: Sequence[Run], jobs: int, processes: int) -> None:
 def run_on_slurm(runs: Sequence[Run], argv: Sequence[str]) -> None:
     """Submit the runs as an array."""
     args = run_with_submitit.build_parser().parse_args(argv)
-    jobs = [run_with_submitit.Job(run.argv(), str(run.outputs), run.program) for run in runs]
+    make = run_with_submitit.Job
+    jobs = [make(run.argv(), str(run.outputs), run.settings["program"]) for run in runs]
     submitted = run_with_submitit.submit(args, jobs)
     for run, job in zip(runs, submitted, strict=True):
         print(f"{run.name}: job {job.job_id}, {job.paths.stdout}")
@@ -191,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "name", nargs="*", metavar="NAME", help=f"all that need no COCO, or of {', '.join(names())}"
     )
     add("--seeds", type=int, metavar="N", help="use the first N of the seeds")
-    add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (all cores)")
+    add("--jobs", type=int, metavar="N", help="runs at a time; default: one per GPU or core")
     add("--data", default="data", metavar="DIR", help="directory of the data sets (%(default)s)")
     add("--output_dir", default=ROOT, metavar="DIR", help="where to write (repository)")
     add("--report", action="store_true", help="train nothing, only write tables and plots")
