@@ -17,8 +17,7 @@ MODEL ?= dino
 DATA := outputs/toy_coco
 OUT := outputs/demo
 CPU_OP := ops/libms_deform_attn_cpu.so
-# Python compiles what is imported; all files of these packages would take pip a minute.
-PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
+PIP_OPTIONS := --quiet --disable-pip-version-check
 
 .PHONY: demo zoo evidence test op gpu lint docs clean
 

@@ -1,6 +1,5 @@
 """Shared by several test files: a small toy data set and a small model's command line."""
 
-import multiprocessing
 import os
 import subprocess
 import time
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from datasets.toy import make_toy_coco
+from tests.kill_runs import FORKS
 
 SMALL = [
     *("-c", "configs/toy/dn_dab_detr.py", "--backbone", "timm/resnet10t"),
@@ -51,7 +51,7 @@ def serve(rank: int, connection: Connection) -> None:
 
 
 class Pair:
-    """Two worker processes, started once because startup outlasts most of their tasks."""
+    """Two worker processes."""
 
     def __init__(self):
         self.processes: list[tuple[BaseProcess, Connection]] = []
@@ -60,10 +60,9 @@ class Pair:
         """Results of the module-level `function` in each process; None where it raises or takes
         over 150 seconds, after which both are killed."""
         if not self.processes:
-            context = multiprocessing.get_context("spawn")
             for rank in range(2):
-                parent_end, child_end = context.Pipe()
-                process = context.Process(target=serve, args=(rank, child_end), daemon=True)
+                parent_end, child_end = FORKS.Pipe()
+                process = FORKS.Process(target=serve, args=(rank, child_end), daemon=True)
                 process.start()
                 child_end.close()  # so that the process's exit is detected
                 self.processes.append((process, parent_end))
