@@ -15,7 +15,7 @@ from models import build_model
 from ops import ms_deform_attn
 
 TOY = ["-c", "configs/toy/dino.py", "--size", "96", "128", "--repeats", "2", "--device", "cpu"]
-TOY += ["--eval_batch_size", "1"]
+TOY += ["--batch_size", "4", "--eval_batch_size", "1"]
 # At strides 8, 16 and 32 of 96 x 128, of the backbone's stages and a further convolution.
 TOKENS = 12 * 16 + 6 * 8 + 3 * 4
 
