@@ -32,8 +32,10 @@ TINY += ["data_aug_scales2_crop=[]", "num_feature_levels=3", "batch_size=2"]
 
 
 def runs_of(name: str, data: Path, root: Path, *more: str) -> list[tool.Run]:
-    experiment = load(name)
-    return tool.list_runs(name, experiment, experiment.seeds[:1], data, [*TINY, *more], root)
+    """Those of the first seed."""
+    described = load(name)
+    runs = tool.list_runs(name, described, data, [*TINY, *more], root)
+    return runs[: len(described.arms)]
 
 
 def train(run: tool.Run) -> None:
@@ -49,7 +51,7 @@ def test_descriptions_are_valid(name: str, tmp_path: Path):
     described = load(name)
     titles = [figure.title for figure in described.figures]
     assert len(set(titles)) == len(titles) and described.claim.endswith(".")
-    for run in tool.list_runs(name, described, described.seeds, tmp_path, [], tmp_path):
+    for run in tool.list_runs(name, described, tmp_path, [], tmp_path):
         cfg = parse_command_line(run.argv())
         assert cfg.epochs == described.epochs
 
@@ -92,7 +94,7 @@ def test_changed_options_start_again(tmp_path: Path, capsys: pytest.CaptureFixtu
     data = make_toy_coco(tmp_path / "toy", num_train=4, num_val=2, size=48)
     for dropout in (0.0, 0.1):
         run = runs_of("convergence_toy", data, tmp_path, "epochs=1", f"dropout={dropout}")[0]
-        assert not run.finished
+        assert not run.finished and not run.collect()
         train(run)
     assert "its options have changed, starting again" in capsys.readouterr().out
     assert json.loads((run.outputs / "config.json").read_text())["dropout"] == 0.1
@@ -144,13 +146,13 @@ def test_interval_is_that_of_the_paired_t_test():
 def test_tables_and_plots(tmp_path: Path):
     arms = {"A": Arm("toy/dino"), "B": Arm("toy/dino", against="A")}
     described = Experiment("", "", Toy(), 2, arms, figures=[AP], seeds=(0, 1))
-    courses = {"a": [(0.1, 0.2), (0.2, 0.4)], "b": [(0.3, 0.4), (0.4, 0.8)]}
-    for arm, seeds in courses.items():
-        for seed, course in enumerate(seeds):
-            path = tmp_path / arm / f"seed_{seed}" / "log.txt"
-            path.parent.mkdir(parents=True)
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines(*course)))
-    runs = read_runs(described, tmp_path)
+    courses = {"A": [(0.1, 0.2), (0.2, 0.4)], "B": [(0.3, 0.4), (0.4, 0.8)]}
+    finished = tool.list_runs("x", described, tmp_path, [], tmp_path)
+    for run in finished:
+        run.results.mkdir(parents=True)
+        log = lines(*courses[run.arm][run.settings["seed"]])
+        (run.results / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in log))
+    runs = read_runs(described, finished)
     rows = [line.strip("| ").split(" | ") for line in table(described, runs).splitlines()]
     assert rows[2] == ["A", "2", "0.300 ± 0.141"] and rows[3] == ["B", "2", "0.600 ± 0.283"]
     name, difference, needed = rows[-1]

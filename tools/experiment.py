@@ -11,6 +11,7 @@ and docs/RESULTS.md is written anew from all results.
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,14 @@ from benchmarks.common import describe_machine
 from datasets.toy import make_toy_coco
 from experiments import Experiment, Toy, load, names
 from models.errors import UserError
-from tools.results import duplicates_per_object, is_finished, slug, write_page, write_results
+from tools.results import (
+    duplicates_per_object,
+    is_finished,
+    read_lines,
+    slug,
+    write_page,
+    write_results,
+)
 from util.config import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,15 +47,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Run:
-    """One arm trained with one seed. `settings` decide its outcome: program, config, options and
+    """An arm trained with one seed. `settings` decide its outcome: program, config, options and
     seed. `data`: its data set; `outputs`: where checkpoints go; `results`: where the log goes when
     it is finished."""
 
-    name: str
+    arm: str
     settings: dict[str, Any]
     data: Path
     outputs: Path
     results: Path
+
+    def __str__(self) -> str:
+        return f"{self.arm}, seed {self.settings['seed']}"
 
     @property
     def finished(self) -> bool:
@@ -55,25 +66,30 @@ class Run:
         path = self.results / "run.json"
         return path.exists() and json.loads(path.read_text())["settings"] == self.settings
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run with the same settings is among the outputs."""
+        path = self.outputs / "settings.json"
+        return path.exists() and json.loads(path.read_text()) == self.settings
+
     def argv(self) -> list[str]:
-        """main.py's, without the output directory. A directory that has a run with other settings
-        is overwritten."""
-        path, overwrite = self.outputs / "settings.json", []
-        if path.exists() and json.loads(path.read_text()) != self.settings:
-            print(f"{self.name}: its options have changed, starting again")
-            overwrite = ["--overwrite"]
+        """main.py's, without the output directory, from which a run with other settings is
+        removed."""
+        if self.outputs.exists() and not self.begun:
+            print(f"{self}: its options have changed, starting again")
+            shutil.rmtree(self.outputs)
         self.outputs.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.settings))
+        (self.outputs / "settings.json").write_text(json.dumps(self.settings))
         config = str(ROOT / "configs" / f"{self.settings['config']}.py")
         argv = ["-c", config, "--seed", str(self.settings["seed"]), "--coco_path", str(self.data)]
-        return [*argv, *overwrite, "--options", *self.settings["options"]]
+        return [*argv, "--options", *self.settings["options"]]
 
     def collect(self) -> bool:
         """Copy the log of a complete run to the results, with what else was measured, and where."""
         log = self.outputs / "log.txt"
-        if not log.exists() or not is_finished(self.outputs):
+        if not self.begun or not log.exists() or not is_finished(self.outputs):
             return False
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = read_lines(log)
         if (self.outputs / "results.json").exists():
             lines[-1]["duplicates"] = duplicates_per_object(self.data, self.outputs)
         self.results.mkdir(parents=True, exist_ok=True)
@@ -110,25 +126,20 @@ def find_data(data: Toy | str, folder: Path, root: Path) -> Path:
 
 
 def list_runs(
-    name: str,
-    experiment: Experiment,
-    seeds: Sequence[int],
-    data: Path,
-    more: Sequence[str],
-    root: Path,
+    name: str, experiment: Experiment, data: Path, more: Sequence[str], root: Path
 ) -> list[Run]:
     """All runs, one seed after the other, so that an interrupted comparison has complete seeds.
     `more`: options of every arm that override the description's; `root`: has outputs and results.
     """
     runs = []
-    for seed in seeds:
+    for seed in experiment.seeds:
         for arm_name, arm in experiment.arms.items():
             options = {**experiment.options, **arm.options, "epochs": experiment.epochs}
             settings = {"program": arm.program, "config": arm.config, "seed": seed}
             settings["options"] = [*(f"{k}={v}" for k, v in options.items()), *more]
             place = f"{name}/{slug(arm_name)}/seed_{seed}"
             outputs, results = root / "outputs/experiments" / place, root / "results" / place
-            runs.append(Run(f"{arm_name}, seed {seed}", settings, data, outputs, results))
+            runs.append(Run(arm_name, settings, data, outputs, results))
     return runs
 
 
@@ -167,9 +178,9 @@ def run_here(runs: Sequence[Run], jobs: int | None, processes: int) -> None:
             running.discard(process)
         places.put(place)
         if status or not run.collect():
-            return f"{run.name}: exit status {status}, see {run.outputs / 'output.txt'}"
+            return f"{run}: exit status {status}, see {run.outputs / 'output.txt'}"
         seconds = timedelta(seconds=int(time.monotonic() - begun))
-        print(f"{run.name}: finished, {seconds} since the start", flush=True)
+        print(f"{run}: finished, {seconds} since the start", flush=True)
         return ""
 
     def stop(signum: int, _) -> None:
@@ -195,7 +206,7 @@ def run_on_slurm(runs: Sequence[Run], argv: Sequence[str]) -> None:
     jobs = [make(run.argv(), str(run.outputs), run.settings["program"]) for run in runs]
     submitted = run_with_submitit.submit(args, jobs)
     for run, job in zip(runs, submitted, strict=True):
-        print(f"{run.name}: job {job.job_id}, {job.paths.stdout}")
+        print(f"{run}: job {job.job_id}, {job.paths.stdout}")
     print("when they are finished, the same command with --report writes tables and plots")
 
 
@@ -222,16 +233,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.name or [name for name in names() if load(name).data != "coco"]:
             experiment = load(name)
             data = find_data(experiment.data, Path(args.data).resolve(), root)
-            seeds = experiment.seeds[: args.seeds]
-            runs = list_runs(name, experiment, seeds, data, args.options, root)
+            runs = list_runs(name, experiment, data, args.options, root)
             missing = [run for run in runs if not run.finished and not run.collect()]
+            seeds = experiment.seeds[: args.seeds]
+            missing = [run for run in missing if run.settings["seed"] in seeds]
             if args.slurm:
                 run_on_slurm(missing, rest)
                 continue
             if not args.report:
-                print(f"{name}: {len(runs) - len(missing)} runs are finished, {len(missing)} left")
+                print(f"{name}: {len(missing)} runs to go")
                 run_here(missing, args.jobs, experiment.processes)
-            print(write_results(name, experiment, root / "results" / name))
+            finished = [run for run in runs if run.finished]
+            print(write_results(name, experiment, finished, root / "results" / name))
         write_page(root)
     except (UserError, OSError) as e:
         print(f"experiment.py: error: {e}", file=sys.stderr)

@@ -1,5 +1,7 @@
 """Tables, plots and docs/RESULTS.md from the logs of finished runs (tools/experiment.py)."""
 
+from __future__ import annotations
+
 import json
 import math
 import re
@@ -7,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +18,9 @@ from scipy.stats import t as student
 from torchvision.ops import box_convert, box_iou
 
 from experiments import Experiment, load, names
+
+if TYPE_CHECKING:
+    from tools.experiment import Run
 
 Lines = list[dict]  # of a log.txt
 Runs = dict[str, dict[int, Lines]]  # by arm and seed
@@ -43,9 +49,9 @@ def slug(name: str) -> str:
 
 def is_finished(run: Path) -> bool:
     """Whether the log of this directory has its last epoch."""
-    lines = (run / "log.txt").read_text().splitlines()
+    lines = read_lines(run / "log.txt")
     epochs = json.loads((run / "config.json").read_text())["epochs"]
-    return bool(lines) and json.loads(lines[-1])["epoch"] == epochs - 1
+    return bool(lines) and lines[-1]["epoch"] == epochs - 1
 
 
 def duplicates_per_object(data: Path, run: Path, score: float = 0.3, iou: float = 0.5) -> float:
@@ -70,13 +76,15 @@ def duplicates_per_object(data: Path, run: Path, score: float = 0.3, iou: float 
     return duplicates / max(sum(map(len, objects.values())), 1)
 
 
-def read_runs(experiment: Experiment, folder: Path) -> Runs:
-    """The logs of the finished runs below results/NAME."""
+def read_lines(log: Path) -> Lines:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def read_runs(experiment: Experiment, finished: Sequence[Run]) -> Runs:
+    """The logs of finished runs."""
     runs: Runs = {arm: {} for arm in experiment.arms}
-    for arm in runs:
-        for path in sorted(folder.glob(f"{slug(arm)}/seed_*/log.txt")):
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            runs[arm][int(path.parent.name.removeprefix("seed_"))] = lines
+    for run in finished:
+        runs[run.arm][run.settings["seed"]] = read_lines(run.results / "log.txt")
     return runs
 
 
@@ -166,12 +174,12 @@ def plot(experiment: Experiment, runs: Runs, path: Path) -> None:
     image.savefig(path, dpi=90)
 
 
-def write_results(name: str, experiment: Experiment, folder: Path) -> str:
+def write_results(name: str, experiment: Experiment, finished: Sequence[Run], folder: Path) -> str:
     """Write results/NAME/README.md and curves.png; returns the page's text."""
-    runs = read_runs(experiment, folder)
-    origins = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/run.json"))]
-    if not origins:
+    if not finished:
         return f"{name}: no run is finished\n"
+    runs = read_runs(experiment, finished)
+    origins = [json.loads((run.results / "run.json").read_text()) for run in finished]
     made = {k: ", ".join(sorted({o[k] for o in origins})) for k in ("commit", "processor", "torch")}
     text = f"## {experiment.title}\n\n{experiment.claim}\n\n{table(experiment, runs)}\n"
     text += "![by epoch](curves.png)\n\n"
@@ -188,9 +196,8 @@ def write_page(root: Path) -> None:
     for name in names():
         path = root / "results" / name / "README.md"
         if path.exists():
-            text += "\n" + path.read_text().replace(
-                "(curves.png)", f"(../results/{name}/curves.png)"
-            )
+            plot = f"(../results/{name}/curves.png)"
+            text += "\n" + path.read_text().replace("(curves.png)", plot)
         elif (experiment := load(name)).data == "coco":
             runs = len(experiment.arms) * len(experiment.seeds)
             waiting += row(f"`{name}`: {experiment.title}", runs, experiment.epochs)
