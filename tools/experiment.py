@@ -111,14 +111,18 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
+def is_here(data: Toy | str, folder: Path) -> bool:
+    """Whether a data set is in `folder`, or is a toy data set, which can be made."""
+    return isinstance(data, Toy) or (folder / data).is_dir()
+
+
 def find_data(data: Toy | str, folder: Path, root: Path) -> Path:
     """The directory of a data set in `folder`, or of a toy data set, made in outputs/ if it is not
     there yet."""
+    if not is_here(data, folder):
+        raise UserError(f"data: {folder / data} is not there; --data names its parent directory")
     if isinstance(data, str):
-        path = folder / data
-        if not path.is_dir():
-            raise UserError(f"data: {path} is not there; --data is the directory that has {data}")
-        return path
+        return folder / data
     path = root / "outputs/experiments" / str(data)
     if not (path / "annotations/instances_val2017.json").exists():
         make_toy_coco(path, **dataclasses.asdict(data))
@@ -216,7 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("experiment.py", description=head.split(":")[0] + ".", epilog=tail)
     add = parser.add_argument
     add(
-        "name", nargs="*", metavar="NAME", help=f"all that need no COCO, or of {', '.join(names())}"
+        "name",
+        nargs="*",
+        metavar="NAME",
+        help=f"one or several of {', '.join(names())}; default: all but those for COCO",
     )
     add("--seeds", type=int, metavar="N", help="use the first N of the seeds")
     add("--jobs", type=int, metavar="N", help="runs at a time; default: one per GPU or core")
@@ -229,10 +236,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, rest = parser.parse_known_args(argv)
         if rest and not args.slurm:
             raise UserError(f"unknown arguments {' '.join(rest)}")
-        root = Path(args.output_dir).resolve()
-        for name in args.name or [name for name in names() if load(name).data != "coco"]:
+        root, folder = Path(args.output_dir).resolve(), Path(args.data).resolve()
+        for name in args.name or names():
             experiment = load(name)
-            data = find_data(experiment.data, Path(args.data).resolve(), root)
+            if not args.name and (
+                experiment.data == "coco" or not is_here(experiment.data, folder)
+            ):
+                reason = "name it to run it" if experiment.data == "coco" else "it is not there"
+                print(f"{name}: left out: {folder / str(experiment.data)}: {reason}")
+                continue
+            data = find_data(experiment.data, folder, root)
             runs = list_runs(name, experiment, data, args.options, root)
             missing = [run for run in runs if not run.finished and not run.collect()]
             seeds = experiment.seeds[: args.seeds]
