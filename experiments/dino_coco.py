@@ -1,16 +1,7 @@
 """DINO, table 4, on COCO: 12 epochs as published."""
 
-from experiments import AP, AP50, DUPLICATES, Experiment
-from experiments.dino_toy import CLAIM, arms
+from experiments import on_coco
+from experiments.dino_toy import arms
+from experiments.dino_toy import experiment as small
 
-experiment = Experiment(
-    title="DINO's ablation: COCO",
-    claim=CLAIM,
-    data="coco",
-    epochs=12,
-    arms=arms("dino_4scale_r50"),
-    options={"save_results": True},
-    seeds=(0,),
-    figures=[AP, AP50, DUPLICATES],
-    processes=8,
-)
+experiment = on_coco(small, title="DINO's ablation: COCO", epochs=12, arms=arms("dino_4scale_r50"))

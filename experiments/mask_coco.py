@@ -1,17 +1,13 @@
 """What the mask between denoising groups and matching queries is for, on COCO."""
 
-from experiments import AP, AP50, TRAINING_LOSS, Experiment
-from experiments.mask_toy import CLAIM, arms
+from experiments import on_coco
+from experiments.mask_toy import arms
+from experiments.mask_toy import experiment as small
 
-experiment = Experiment(
+experiment = on_coco(
+    small,
     title="The mask between denoising and matching: COCO",
-    claim=CLAIM,
-    data="coco",
     epochs=12,
     arms=arms("dn_dab_deformable_detr_r50"),
     options={"lr_drop": 11},
-    seeds=(0,),
-    figures=[AP, AP50, TRAINING_LOSS],
-    drawn=["AP", "training loss"],
-    processes=8,
 )

@@ -41,7 +41,7 @@ def runs_of(name: str, data: Path, root: Path, *more: str) -> list[tool.Run]:
 def train(run: tool.Run) -> None:
     """In this process, which is faster than `run_here`."""
     program = importlib.import_module(run.settings["program"])
-    assert program.main([*run.argv(), "--output_dir", str(run.outputs)]) == 0
+    assert program.main([*run.prepare(), "--output_dir", str(run.outputs)]) == 0
     assert run.collect() and run.finished
 
 
@@ -52,7 +52,7 @@ def test_descriptions_are_valid(name: str, tmp_path: Path):
     titles = [figure.title for figure in described.figures]
     assert len(set(titles)) == len(titles) and described.claim.endswith(".")
     for run in tool.list_runs(name, described, tmp_path, [], tmp_path):
-        cfg = parse_command_line(run.argv())
+        cfg = parse_command_line(run.prepare())
         assert cfg.epochs == described.epochs
 
 

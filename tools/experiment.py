@@ -32,14 +32,7 @@ from benchmarks.common import describe_machine
 from datasets.toy import make_toy_coco
 from experiments import Experiment, Toy, load, names
 from models.errors import UserError
-from tools.results import (
-    duplicates_per_object,
-    is_finished,
-    read_lines,
-    slug,
-    write_page,
-    write_results,
-)
+from tools.results import complete_log, duplicates_per_object, slug, write_page, write_results
 from util.config import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,9 +65,9 @@ class Run:
         path = self.outputs / "settings.json"
         return path.exists() and json.loads(path.read_text()) == self.settings
 
-    def argv(self) -> list[str]:
-        """main.py's, without the output directory, from which a run with other settings is
-        removed."""
+    def prepare(self) -> list[str]:
+        """Make the output directory, removing a run with other settings; returns main.py's
+        arguments but for that directory."""
         if self.outputs.exists() and not self.begun:
             print(f"{self}: its options have changed, starting again")
             shutil.rmtree(self.outputs)
@@ -86,10 +79,9 @@ class Run:
 
     def collect(self) -> bool:
         """Copy the log of a complete run to the results, with what else was measured, and where."""
-        log = self.outputs / "log.txt"
-        if not self.begun or not log.exists() or not is_finished(self.outputs):
+        lines = complete_log(self.outputs) if self.begun else []
+        if not lines:
             return False
-        lines = read_lines(log)
         if (self.outputs / "results.json").exists():
             lines[-1]["duplicates"] = duplicates_per_object(self.data, self.outputs)
         self.results.mkdir(parents=True, exist_ok=True)
@@ -172,7 +164,7 @@ def run_here(runs: Sequence[Run], jobs: int | None, processes: int) -> None:
     def train(run: Run) -> str:
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
         command = [sys.executable, *(launcher if processes > 1 else [])]
-        command += ["-m", run.settings["program"], "--output_dir", str(run.outputs), *run.argv()]
+        command += ["-m", run.settings["program"], "--output_dir", str(run.outputs), *run.prepare()]
         place = places.get()
         with open(run.outputs / "output.txt", "a") as file:
             streams = {"stdout": file, "stderr": subprocess.STDOUT}
@@ -207,7 +199,7 @@ def run_on_slurm(runs: Sequence[Run], argv: Sequence[str]) -> None:
     """Submit the runs as an array."""
     args = run_with_submitit.build_parser().parse_args(argv)
     make = run_with_submitit.Job
-    jobs = [make(run.argv(), str(run.outputs), run.settings["program"]) for run in runs]
+    jobs = [make(run.prepare(), str(run.outputs), run.settings["program"]) for run in runs]
     submitted = run_with_submitit.submit(args, jobs)
     for run, job in zip(runs, submitted, strict=True):
         print(f"{run}: job {job.job_id}, {job.paths.stdout}")

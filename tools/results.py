@@ -47,11 +47,13 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def is_finished(run: Path) -> bool:
-    """Whether the log of this directory has its last epoch."""
+def complete_log(run: Path) -> Lines:
+    """The lines of a run's log.txt; none if it does not have its last epoch yet."""
+    if not (run / "log.txt").exists():
+        return []
     lines = read_lines(run / "log.txt")
     epochs = json.loads((run / "config.json").read_text())["epochs"]
-    return bool(lines) and lines[-1]["epoch"] == epochs - 1
+    return lines if lines and lines[-1]["epoch"] == epochs - 1 else []
 
 
 def duplicates_per_object(data: Path, run: Path, score: float = 0.3, iou: float = 0.5) -> float:
