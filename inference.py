@@ -19,10 +19,11 @@ from tqdm import trange
 
 from datasets.coco import CocoDetection, build_dataset, read_image
 from models.class_map import ClassMap
+from models.cli import Parser
 from models.errors import UserError
 from models.predictor import Predictor, load_detector
 from models.registry import MODELS
-from util.config import CONFIG_DIR, Config, Parser, load_config
+from util.config import CONFIG_DIR, Config, load_config
 from util.distributed import choose_device
 from util.download import local_file
 from util.logging import setup_logging

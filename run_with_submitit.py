@@ -18,8 +18,9 @@ from pathlib import Path
 
 import submitit
 
+from models.cli import Parser
 from models.errors import UserError
-from util.config import Parser, parse_command_line
+from util.config import parse_command_line
 
 ROOT = str(Path(__file__).resolve().parent)
 SLURM_OPTIONS = ("partition", "comment", "qos", "account", "constraint")  # passed on unchanged

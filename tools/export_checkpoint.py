@@ -14,9 +14,10 @@ from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from models.cli import Parser
 from models.errors import UserError
 from util.checkpoint import read_checkpoint, save_checkpoint
-from util.config import ALIASES, Config, Parser, load_config
+from util.config import ALIASES, Config, load_config
 
 
 def released_args(cfg: Config) -> Namespace:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from models.backbones import BACKBONES
+from models.cli import Parser
 from models.errors import UserError, nearest
 from models.options import (
     DenoisingOptions,
@@ -357,13 +358,6 @@ def make_config(path: str | Path | None, overrides: dict[str, Any]) -> Config:
     values |= overrides
     name = values.get("modelname", Config.modelname)
     return Config(**resolve_selection(find_model(name).detector.implied | values))
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError instead of exiting."""
-
-    def error(self, message: str):
-        raise UserError(message)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

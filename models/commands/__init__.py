@@ -1,0 +1,1 @@
+"""The commands of `dn-dino`, see `cli.py`."""
