@@ -12,15 +12,22 @@ CLAIM = (
 )
 
 
-def arms(place: str = "", suffix: str = "", dense: Mapping[str, Any] = {}) -> dict[str, Arm]:
+def arms(
+    place: str = "",
+    suffix: str = "",
+    dense: Mapping[str, Any] = {},
+    deformable: Mapping[str, Any] = {},
+) -> dict[str, Arm]:
     """A dense and a deformable detector, each without and with denoising; their config files are
-    those in `place` with this suffix. `dense`: options of the dense ones."""
+    those in `place` with this suffix. `dense`, `deformable`: options of these."""
     name = lambda model: f"{place}{model}{suffix}"
     return {
         "DAB-DETR": Arm(name("dab_detr"), dense),
         "DN-DETR": Arm(name("dn_dab_detr"), dense, against="DAB-DETR"),
-        "DAB-Deformable-DETR": Arm(name("dab_deformable_detr")),
-        "DN-Deformable-DETR": Arm(name("dn_dab_deformable_detr"), against="DAB-Deformable-DETR"),
+        "DAB-Deformable-DETR": Arm(name("dab_deformable_detr"), deformable),
+        "DN-Deformable-DETR": Arm(
+            name("dn_dab_deformable_detr"), deformable, against="DAB-Deformable-DETR"
+        ),
     }
 
 
