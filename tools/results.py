@@ -145,7 +145,7 @@ def table(experiment: Experiment, runs: Runs) -> str:
         first = figures[0]
         needed = [epochs_to_reach(first.by_epoch(a), first.value(b)) for a, b in both]
         missed = sum(map(math.isinf, needed))
-        course = f"not reached in {missed} of {len(needed)}"
+        course = f"not reached in {missed} of {len(needed)}" if missed else "-"
         if needed and not missed:
             share = fmean(needed) / experiment.epochs
             course = f"{interval(needed, '.1f')} of {experiment.epochs} ({share:.0%})"
