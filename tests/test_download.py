@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from main import main
+from models.download import download
 from models.errors import UserError
 from tests.test_main import fails_with, read_log
-from util.download import download
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
