@@ -3,9 +3,10 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ class Video:
         self.stream.thread_type = "AUTO"
         self.rate = Fraction(self.stream.guessed_rate or 25)
         self.expected = self.stream.frames
+        self._length = Fraction(self.container.duration or 0, self.av.time_base)  # seconds
 
     def __iter__(self) -> Iterator[Frame]:
         count, first, last = 0, None, Fraction(0)
@@ -73,9 +75,8 @@ class Video:
         if not count:
             problem = f"{self.path}: no frame can be decoded ({self.problem or 'empty'})"
             raise UserError(f"{problem}; copy the file again")
-        # Only headers of some formats have the number of frames, and of others the duration.
-        length = Fraction(self.container.duration or 0, self.av.time_base)
-        if count < self.expected or (not self.expected and last + 1 < length):
+        # Some formats have the number of frames in their header, others only the duration.
+        if count < self.expected or (not self.expected and last + 1 < self._length):
             self.problem = self.problem or "the file ends there"
 
     def _decoded(self) -> Iterator:
@@ -98,31 +99,40 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: Fraction):
         self.av: Any = import_extra("av", "video")
-        self.path, self.written = path, False
-        try:
+        self.path, self.rate, self.stream = path, rate, cast(Any, None)
+        with self._errors():
             self.container = self.av.open(str(path), "w")
-            self.stream = self.container.add_stream(self.container.default_video_codec, rate=rate)
-        except (self.av.FFmpegError, OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            known = f"use a directory that exists and one of {', '.join(SUFFIXES)}"
-            raise UserError(f"{path}: cannot be written as a video ({reason}); {known}") from error
-        self.stream.pix_fmt, self.stream.codec_context.time_base = "yuv420p", self.TIME_BASE
 
     def write(self, picture: Image.Image, time: Fraction) -> None:
         """Append a picture shown from `time` on, in seconds, later than the one before it."""
         width, height = (side // 2 * 2 for side in picture.size)
-        self.stream.width, self.stream.height = width, height
-        frame = self.av.VideoFrame.from_image(picture.crop((0, 0, width, height)))
-        frame.pts, frame.time_base = round(time / self.TIME_BASE), self.TIME_BASE
-        self.container.mux(self.stream.encode(frame))
-        self.written = True
+        with self._errors():
+            if not self.stream:
+                codec, shape = (
+                    self.container.default_video_codec,
+                    {"width": width, "height": height},
+                )
+                self.stream = self.container.add_stream(codec, self.rate, **shape)
+                self.stream.pix_fmt = "yuv420p"
+                self.stream.codec_context.time_base = self.TIME_BASE
+            frame = self.av.VideoFrame.from_image(picture.crop((0, 0, width, height)))
+            frame.pts, frame.time_base = round(time / self.TIME_BASE), self.TIME_BASE
+            self.container.mux(self.stream.encode(frame))
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (self.av.FFmpegError, OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            remedy = "check the path and the space on the disk"
+            raise UserError(f"{self.path}: cannot be written ({reason}); {remedy}") from error
 
     def __enter__(self) -> "VideoWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.written:
-            self.container.mux(self.stream.encode())
-        self.container.close()
-        if not self.written:
-            self.path.unlink(missing_ok=True)
+        with self._errors():
+            if self.stream:
+                self.container.mux(self.stream.encode())
+            self.container.close()

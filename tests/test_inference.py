@@ -1,6 +1,5 @@
 """Detection on images from the command line and from a notebook, and its drawings."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -19,54 +18,18 @@ from datasets.coco import CocoDetection
 from datasets.toy import CATEGORIES
 from datasets.transforms import eval_transforms
 from models import build_model, draw, load_detector
-from models.class_map import ClassMap
 from models.cli import main
 from models.draw import class_colour, draw_boxes, side_by_side
 from models.errors import UserError
 from models.images import read_image
+from tests.conftest import DETECTOR
 from util import visualize
 from util.checkpoint import load_weights, save_checkpoint
 from util.config import load_config
 from util.visualize import plot_log
 
-SMALL = {
-    "modelname": "dn_dab_detr",
-    "use_dn": True,
-    "backbone": "resnet18",
-    "pretrained_backbone": False,
-    "hidden_dim": 64,
-    "nheads": 4,
-    "enc_layers": 1,
-    "dec_layers": 2,
-    "dim_feedforward": 96,
-    "num_queries": 12,
-    "num_select": 20,
-    "data_aug_scales": [64, 96],
-    "data_aug_max_size": 128,
-}
 ROOT = Path(__file__).parent.parent
 GREY = torch.full((3, 600, 700), 128, dtype=torch.uint8)
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> dict:
-    """As main.py would save it, with different averaged weights."""
-    categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
-    class_map = ClassMap.from_categories(categories)
-    cfg = load_config(overrides=SMALL | {"num_classes": class_map.num_classes})
-    weights = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        weights.append(build_model(cfg)[0].state_dict())
-    state = {"model": weights[0], "ema_model": weights[1], "epoch": 3}
-    return state | {"config": dataclasses.asdict(cfg), "class_map": class_map.state_dict()}
-
-
-@pytest.fixture(scope="module")
-def saved(checkpoint, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
-    save_checkpoint(path, checkpoint)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +38,7 @@ def released(checkpoint, tmp_path_factory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("released")
     state = {"model": checkpoint["model"], "args": Namespace(hidden_dim=64), "epoch": 49}
     save_checkpoint(directory / "checkpoint.pth", state)
-    (directory / "config.py").write_text("\n".join(f"{k} = {v!r}" for k, v in SMALL.items()))
+    (directory / "config.py").write_text("\n".join(f"{k} = {v!r}" for k, v in DETECTOR.items()))
     return directory / "checkpoint.pth", directory / "config.py"
 
 

@@ -7,11 +7,17 @@ Example:
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ..coco import CocoAnnotations
 from ..errors import UserError, import_extra
+from ..predictor import Predictor
 from .common import add_detector_arguments, load, read_annotations
+
+if TYPE_CHECKING:
+    from ..evaluation import CocoEvaluator
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -23,22 +29,29 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--annotations", type=Path, metavar="FILE", help="its instances file")
 
 
-def run(args: Namespace) -> None:
-    if bool(args.coco_path) == bool(args.images and args.annotations):
-        raise UserError("pass either --coco_path, or --images and --annotations")
+def evaluate(
+    predictor: Predictor, dataset: CocoAnnotations, batch_size: int = 1
+) -> "CocoEvaluator":
+    """All detections on a data set, after `summarize`. Batches have images of equal size."""
     import_extra("pycocotools", "eval")
     from ..evaluation import CocoEvaluator
 
-    folder, annotations = args.images, args.annotations
-    if args.coco_path:
-        folder = args.coco_path / args.split
-        annotations = args.coco_path / "annotations" / f"instances_{args.split}.json"
-    predictor = load(args)
-    dataset = read_annotations(predictor, folder, annotations)
-    evaluator, ids = CocoEvaluator(dataset), dataset.image_ids.tolist()
-    images = ((id_, dataset.image(i)) for i, id_ in enumerate(ids))
-    results = predictor.batched(images, args.batch_size)
-    for id_, _, result in tqdm(results, "evaluate", len(dataset), disable=None):
+    evaluator = CocoEvaluator(dataset)
+    images = ((id_, dataset.image(i)) for i, id_ in enumerate(dataset.image_ids.tolist()))
+    results = predictor.batched(images, batch_size)
+    for id_, _, result in tqdm(results, "evaluate", len(dataset), unit="image", disable=None):
         evaluator.update({id_: result})
     evaluator.summarize()
-    print(evaluator.table(), end="")
+    return evaluator
+
+
+def run(args: Namespace) -> None:
+    if bool(args.coco_path) == bool(args.images and args.annotations):
+        raise UserError("pass either --coco_path, or --images and --annotations")
+    images, annotations = args.images, args.annotations
+    if args.coco_path:
+        images = args.coco_path / args.split
+        annotations = args.coco_path / "annotations" / f"instances_{args.split}.json"
+    predictor = load(args)
+    dataset = read_annotations(predictor, images, annotations)
+    print(evaluate(predictor, dataset, args.batch_size).table(), end="")

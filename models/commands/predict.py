@@ -139,8 +139,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output.resolve() in inputs:
         what = "is the input" if to_file else "contains the input images"
         raise UserError(f"output: {args.output} {what}; use another one")
-    if not to_file:
-        args.output.mkdir(parents=True, exist_ok=True)
+    (args.output.parent if to_file else args.output).mkdir(parents=True, exist_ok=True)
 
     start = perf_counter()
     results = Results(predictor, args, len({path.stem for _, path in files}) == len(files))
