@@ -13,6 +13,7 @@ from ..build import config_dir, read_config
 from ..class_map import ClassMap
 from ..download import local_file
 from ..options import DetectorOptions
+from ..registry import MODELS
 from ..weights import find_state_dict, num_classes_of, read_checkpoint
 
 # Options that say nothing about a trained detector, or are printed by themselves.
@@ -65,11 +66,11 @@ def describe(checkpoint: Mapping[str, Any], source: str) -> Iterator[tuple[str, 
 def closest_config(config: Mapping[str, Any]) -> tuple[str, dict[str, tuple[Any, Any]]]:
     """Of the published configs of this model the most similar one, and {option: (value, its value)}
     where they differ: the detector's options, and the others that it sets."""
-    found = []
+    found, usual = [], MODELS[config["modelname"]].config  # of equally similar ones
     for path in sorted(config_dir().glob("*.py")):
         values = read_config(path.stem)
         if values["modelname"] == config["modelname"]:
             values = asdict(DetectorOptions.of(values)) | values
             pairs = {k: (config[k], v) for k, v in values.items() if k in config.keys() - OMITTED}
             found.append((path.stem, {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}))
-    return min(found, key=lambda item: len(item[1]))
+    return min(found, key=lambda item: (len(item[1]), item[0] != usual))
