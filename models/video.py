@@ -1,5 +1,6 @@
 """Videos: frames in, from a file or a webcam, and drawn pictures out, by PyAV."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import UserError, import_extra
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv")
 WEBCAMS = {"linux": ("v4l2", "/dev/video"), "darwin": ("avfoundation", "")}  # format, name
@@ -37,14 +40,13 @@ class Frame(NamedTuple):
 class Video:
     """The frames of a video file or a webcam, for one pass, turned as the file says.
 
-    expected: the number of frames according to the file, 0 if it does not say.
-    problem: after the last frame, why there are fewer, or "". UserError if the file cannot be
-    opened or no frame can be decoded.
+    expected: the number of frames according to the file, 0 if it does not say. A warning tells if
+    fewer can be decoded. UserError if the file cannot be opened, or no frame decoded.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.av: Any = import_extra("av", "video")
-        self.path, self.problem = path, ""
+        self.path, self._problem = path, ""
         name, format = str(path), None
         if is_webcam(path):
             format, prefix = WEBCAMS.get(sys.platform, (None, ""))
@@ -73,11 +75,12 @@ class Video:
                 yield Frame(image, last)
                 count += 1
         if not count:
-            problem = f"{self.path}: no frame can be decoded ({self.problem or 'empty'})"
+            problem = f"{self.path}: no frame can be decoded ({self._problem or 'empty'})"
             raise UserError(f"{problem}; copy the file again")
         # Some formats have the number of frames in their header, others only the duration.
         if count < self.expected or (not self.expected and last + 1 < self._length):
-            self.problem = self.problem or "the file ends there"
+            kept = f"{count} of {self.expected or 'more'} frames decoded and kept"
+            logger.warning("%s: damaged, %s: %s", self.path, kept, self._problem or "the file ends")
 
     def _decoded(self) -> Iterator:
         """All frames that can be decoded, also those after a damaged part."""
@@ -88,7 +91,7 @@ class Video:
             except StopIteration:
                 return
             except self.av.FFmpegError as error:
-                self.problem = error.strerror or str(error)
+                self._problem = error.strerror or str(error)
 
 
 class VideoWriter:
@@ -108,11 +111,9 @@ class VideoWriter:
         width, height = (side // 2 * 2 for side in picture.size)
         with self._errors():
             if not self.stream:
-                codec, shape = (
-                    self.container.default_video_codec,
-                    {"width": width, "height": height},
-                )
-                self.stream = self.container.add_stream(codec, self.rate, **shape)
+                codec = self.container.default_video_codec
+                self.stream = self.container.add_stream(codec, self.rate)
+                self.stream.width, self.stream.height = width, height
                 self.stream.pix_fmt = "yuv420p"
                 self.stream.codec_context.time_base = self.TIME_BASE
             frame = self.av.VideoFrame.from_image(picture.crop((0, 0, width, height)))

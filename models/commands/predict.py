@@ -29,7 +29,7 @@ from ..draw import side_by_side
 from ..errors import UserError
 from ..images import expand, read_image
 from ..predictor import Predictor
-from ..video import Video, VideoWriter, is_video, is_webcam
+from ..video import SUFFIXES, Video, VideoWriter, is_video, is_webcam
 from .common import add_detector_arguments, load, read_annotations
 
 
@@ -107,9 +107,6 @@ class Results:
                 writer.write(found.draw(), shown)
                 fields = {"file_name": name, "frame": i, "time": float(shown)}
                 self.add(found, len(self.images) + 1, **fields, picture=file.name)
-        if video.problem:
-            count = f"{i + 1} of {video.expected}" if video.expected else str(i + 1)
-            print(f"{name}: damaged, {count} frames were decoded and kept: {video.problem}")
 
     def write(self, file: Path) -> None:
         """In COCO's instances format, with scores."""
@@ -124,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     if args.num_images < 1 or not 0 <= args.threshold <= 1:
         raise UserError("num_images: at least 1; threshold: from 0 to 1")
     files = [(str(source), local_file(source)) for source in expand(args.source or [])]
-    to_file = is_video(args.output)
+    to_file = args.output.suffix.lower() in SUFFIXES
     if to_file and (len(files) != 1 or not is_video(files[0][1])):
         raise UserError(f"output: {args.output} is a video, but the source is not one video")
     predictor, dataset = load(args), None
