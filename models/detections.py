@@ -78,7 +78,8 @@ class Detections:
     def __repr__(self) -> str:
         counts = Counter(self.names).most_common()
         found = ", ".join(f"{count} {name}" for name, count in counts) or "nothing"
-        return f"<{self.source}, {self.image.shape[2]} x {self.image.shape[1]}: {found}>"
+        height, width = self.image.shape[-2:]
+        return f"Detections({self.source}, {width} x {height}: {found})"
 
     def __str__(self) -> str:
         rows = zip(self.names, self.scores.tolist(), self.boxes.round().int().tolist(), strict=True)

@@ -163,7 +163,7 @@ def test_detections(predictor, paths):
     assert np.array_equal(theirs.confidence, found.scores)
 
     name = found.names[0]
-    assert repr(found).startswith(f"<{paths[0]}, {width} x {height}: ")
+    assert repr(found).startswith(f"Detections({paths[0]}, {width} x {height}: ")
     assert f"{found.names.count(name)} {name}" in repr(found)
     assert len(str(found).splitlines()) == 5 and f"{threshold:.2f}" in str(found).splitlines()[4]
     (nothing,) = predictor.predict(paths[0], threshold=1)
