@@ -23,7 +23,7 @@ from util.logging import Averages, ProgressBar
 from util.matching_log import MatchingLog
 
 if TYPE_CHECKING:  # training steps do without pycocotools
-    from datasets.coco_eval import CocoEvaluator
+    from models.evaluation import CocoEvaluator
 
 logger = logging.getLogger(__name__)
 

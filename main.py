@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from engine import NonFiniteLoss
 from models.errors import UserError
+from models.machine import choose_device
 from trainer import evaluate_only, train
 from util.config import parse_command_line
 from util.distributed import (
-    choose_device,
     join_processes,
     leave_processes,
     rank,

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from models.class_map import ClassMap
+from models.download import local_file
 from models.errors import UserError
 from models.weights import load_backbone, load_weights, num_classes_of
 from util.checkpoint import read_checkpoint, rng_state, save_checkpoint, set_rng_state
 from util.config import Config
 from util.distributed import gather, on_rank0, rank, seed_everything, world_size
-from util.download import local_file
 from util.ema import ModelEma
 from util.logging import Averages
 from util.optim import build_optimizer, build_scheduler, load_released_state, move_to

@@ -15,18 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from datasets.coco import CocoDetection, build_dataset
-from datasets.coco_eval import CocoEvaluator
 from datasets.loader import build_loader
 from engine import DEBUG_STEPS, NonFiniteLoss, evaluate, train_steps
 from models import build_model
 from models.criterion import SetCriterion
+from models.draw import side_by_side
 from models.errors import UserError
+from models.evaluation import CocoEvaluator
+from models.machine import peak_memory_mb
 from models.postprocess import PostProcess
 from train_state import TrainState, class_map_of
 from util.checkpoint import read_checkpoint
 from util.config import Config
 from util.distributed import broadcast_from_rank0, on_rank0, rank, world_size
-from util.logging import Averages, ProgressBar, RunLog, peak_memory_mb
+from util.logging import Averages, ProgressBar, RunLog
 from util.matching_log import MatchingLog
 from util.run_dir import claimed, find_resume, prepare_output_dir, remove_run, should_overwrite
 from util.signals import Stopped, StopRequest
@@ -180,8 +182,6 @@ def evaluate_state(
 
 def draw_pictures(evaluator: CocoEvaluator, directory: Path, number: int) -> None:
     """Draw the first images, each next to as many of its best detections as it has objects."""
-    from util.visualize import side_by_side  # matplotlib takes half a second
-
     dataset, names = evaluator.dataset, evaluator.dataset.class_map.names
     directory.mkdir(exist_ok=True)
     # With --debug not all images were evaluated.

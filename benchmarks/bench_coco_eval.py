@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from datasets.coco import CocoDetection
-from datasets.coco_eval import CocoEvaluator, curves_by_hotcoco, curves_by_pycocotools
+from models.evaluation import CocoEvaluator, curves_by_hotcoco, curves_by_pycocotools
 
 CLASSES, OBJECTS = 80, 7  # of COCO: its classes, and about as many objects in an image
 

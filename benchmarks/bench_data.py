@@ -22,8 +22,9 @@ from torch import Tensor
 from torchvision.transforms import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from datasets import coco, transforms
+from datasets import transforms
 from datasets.coco import build_dataset, collate
+from models import coco
 from models.preprocess import IMAGENET_MEAN, IMAGENET_STD, resized_size
 from util.config import Config
 

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.common import describe_machine
+from models.machine import describe_machine
 from ops import ms_deform_attn, native
 
 M, D, P = 8, 32, 4

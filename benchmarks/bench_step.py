@@ -27,12 +27,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.common import describe_machine, seconds
 from benchmarks.step_worker import BUILDERS
 from engine import AMP_DTYPES
 from models.errors import UserError
+from models.machine import choose_device, describe_machine, seconds
 from util.config import ALIASES, FIXED, RETIRED, Config, parse_command_line
-from util.distributed import choose_device
 
 MODES = ["eval", "train"]
 

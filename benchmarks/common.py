@@ -1,12 +1,9 @@
-"""What the benchmarks of whole models share: random images and targets, FLOPs, the machine."""
+"""What the benchmarks of whole models share: random images and targets, FLOPs, memory."""
 
-import os
-import platform
 import re
 from collections import Counter
 from math import prod
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -83,13 +80,6 @@ def flops_by_kind(counter: FlopCounterMode) -> Counter[str]:
     return kinds
 
 
-def seconds(device: torch.device) -> float:
-    """A clock that is read when all work on a GPU is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return perf_counter()
-
-
 def memory(device: torch.device) -> tuple[int, int]:
     """Bytes now and at their peak: those that torch allocates on a GPU, and on a CPU those resident
     in this process; Linux."""
@@ -98,19 +88,3 @@ def memory(device: torch.device) -> tuple[int, int]:
     status = Path("/proc/self/status").read_text()
     now, peak = (re.search(rf"{name}:\s+(\d+)", status)[1] for name in ("VmRSS", "VmHWM"))
     return 1024 * int(now), 1024 * int(peak)
-
-
-def describe_machine(device: str) -> dict:
-    if device == "cuda":
-        name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
-    else:
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = model[1] if model else platform.processor()
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "name": name,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "memory_GiB": round(memory / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-    }

@@ -118,9 +118,10 @@ def toy_training(args: Args, config: str, steps: int, **options: Any) -> tuple:
     from datasets.loader import build_loader
     from datasets.toy import make_toy_coco
     from models import build_model
+    from models.machine import choose_device
     from train_state import TrainState
     from util.config import load_config
-    from util.distributed import choose_device, seed_everything
+    from util.distributed import seed_everything
 
     options |= {"pretrained_backbone": False, "num_workers": 0, "epochs": 1}
     with tempfile.TemporaryDirectory() as directory:
@@ -296,7 +297,7 @@ def markdown(report: Row) -> str:
 
 
 def main() -> None:
-    from benchmarks.common import describe_machine
+    from models.machine import describe_machine
 
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)

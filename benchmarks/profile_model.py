@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.common import count_flops, describe_machine, flops_by_kind, memory, seconds
+from benchmarks.common import count_flops, flops_by_kind, memory
 from benchmarks.steps import make_step
 from models.detector import Detector
 from models.errors import UserError
+from models.machine import choose_device, describe_machine, seconds
 from util.config import parse_command_line
-from util.distributed import choose_device
 
 # Giga multiply-adds, averaged over images of COCO val2017, and million parameters, in the papers.
 PUBLISHED = {"dino_4scale_r50": (279, 47), "dn_dab_detr_r50": (94, 44)}

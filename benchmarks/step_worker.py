@@ -21,14 +21,15 @@ import torch
 import torchvision
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.common import count_flops, flops_by_kind, memory, random_batch, seconds
+from benchmarks.common import count_flops, flops_by_kind, memory, random_batch
+from models.machine import seconds
 
 
 def ours(job: dict) -> Callable[[], Callable]:
     """Imports this repository; returns what builds the model and returns a step."""
     from benchmarks.steps import make_step
+    from models.machine import choose_device
     from util.config import parse_command_line
-    from util.distributed import choose_device
 
     cfg, device = parse_command_line(job["options"]), choose_device(job["device"])
     return lambda: make_step(job["mode"], cfg, device, job["size"], job["objects"])[1]

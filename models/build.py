@@ -27,13 +27,18 @@ def read_config(config: str | Path) -> dict[str, Any]:
     """All options that a config sets. It is a file, or published: `dino_4scale_r50`."""
     path = Path(config)
     if not path.suffix:
-        directory = next(d for d in CONFIG_DIRS if d.exists())  # inside the package, or beside it
+        directory = config_dir()
         path = directory / f"{config}.py"
         if not path.exists():
             known = [str(p.relative_to(directory).with_suffix("")) for p in directory.rglob("*.py")]
             raise UserError(f"config: there is no {config}{nearest(str(config), known)}")
     values = read_assignments(path)
     return find_model(values.get("modelname", DetectorOptions.modelname)).detector.implied | values
+
+
+def config_dir() -> Path:
+    """The directory of the published configs, inside the package or beside it."""
+    return next(directory for directory in CONFIG_DIRS if directory.exists())
 
 
 def build_model(

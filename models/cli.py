@@ -12,7 +12,12 @@ from importlib import import_module
 
 from .errors import UserError
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "predict": "detect objects in images and videos, and draw them",
+    "eval": "COCO's 12 figures of a checkpoint on a data set",
+    "inspect": "what a checkpoint contains",
+    "benchmark": "time and memory of a detector, stage by stage",
+}
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,7 +1,9 @@
-"""The exception for a user's mistake, and the suggestion that its message may end with."""
+"""The exception for a user's mistake, and what its message may end with."""
 
 import difflib
 from collections.abc import Iterable
+from importlib import import_module
+from types import ModuleType
 
 
 class UserError(Exception):
@@ -19,3 +21,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """', did you mean ...?' for a misspelt name, or nothing."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def import_extra(module: str, extra: str) -> ModuleType:
+    """An optional package; UserError with the extra that installs it if it is missing."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        remedy = f"pip install dn_dino[{extra}]"
+        raise UserError(f"this needs the package {error.name}: {remedy}") from error

@@ -124,7 +124,7 @@ def load_weights(
         checkpoint = path_or_dict
     else:
         source, checkpoint = os.fspath(path_or_dict), read_checkpoint(path_or_dict)
-    theirs = _without_prefix(_find_state_dict(checkpoint, source))
+    theirs = _without_prefix(find_state_dict(checkpoint, source))
     state = model.state_dict(keep_vars=True)  # the tensors themselves: shared ones are identical
     ours = _without_prefix(state)
     keywords = tuple(ignore)
@@ -158,7 +158,9 @@ def load_weights(
     return report
 
 
-def _find_state_dict(checkpoint: Mapping, source: str) -> Mapping[str, Tensor]:
+def find_state_dict(checkpoint: Mapping, source: str) -> Mapping[str, Tensor]:
+    """The entry "model", "ema_model" or "state_dict", or the dict itself. UserError, which names
+    `source`, if it holds no weights."""
     entries = (checkpoint.get(key) for key in ("model", "ema_model", "state_dict"))
     state = next((entry for entry in entries if isinstance(entry, Mapping)), checkpoint)
     pairs = state.items()
@@ -170,7 +172,7 @@ def _find_state_dict(checkpoint: Mapping, source: str) -> Mapping[str, Tensor]:
 
 def num_classes_of(checkpoint: Mapping) -> int | None:
     """The number of labels of the detector in a checkpoint: the rows of its class head."""
-    for name, tensor in _find_state_dict(checkpoint, "the checkpoint").items():
+    for name, tensor in find_state_dict(checkpoint, "the checkpoint").items():
         if re.search(r"(^|\.)class_embed\.(0\.)?weight$", name):
             return len(tensor)
     return None
@@ -223,7 +225,7 @@ def load_backbone(backbone: Backbone, name: str, path: str = "", directory: str 
                 again = create().state_dict()
             source = {k: v for k, v in source.items() if torch.equal(v, again[k])}
         elif path:
-            source = _find_state_dict(checkpoint, path)
+            source = find_state_dict(checkpoint, path)
         else:
             source = torchvision.models.get_model(name, weights="IMAGENET1K_V1").state_dict()
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:

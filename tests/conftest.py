@@ -1,5 +1,6 @@
 """Shared by several test files: a small toy data set and a small model's command line."""
 
+import dataclasses
 import os
 import subprocess
 import time
@@ -12,8 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from datasets.toy import make_toy_coco
+from datasets.toy import CATEGORIES, make_toy_coco
+from models import build_model
+from models.class_map import ClassMap
 from tests.kill_runs import FORKS
+from util.checkpoint import save_checkpoint
+from util.config import load_config
 
 SMALL = [
     *("-c", "configs/toy/dn_dab_detr.py", "--backbone", "timm/resnet10t"),
@@ -22,6 +27,22 @@ SMALL = [
     *("--data_aug_scales", "48", "64", "--data_aug_max_size", "64", "--num_workers", "0"),
     *("--device", "cpu", "--batch_size", "4", "--epochs", "1"),
 ]
+
+DETECTOR = {
+    "modelname": "dn_dab_detr",
+    "use_dn": True,
+    "backbone": "timm/test_resnet",
+    "pretrained_backbone": False,
+    "hidden_dim": 64,
+    "nheads": 4,
+    "enc_layers": 1,
+    "dec_layers": 2,
+    "dim_feedforward": 96,
+    "num_queries": 12,
+    "num_select": 20,
+    "data_aug_scales": [64, 96],
+    "data_aug_max_size": 128,
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,6 +60,27 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(toy: Path, tmp_path: Path) -> list[str]:
     """Arguments for a model that trains on `toy` in seconds, writing to tmp_path / "out"."""
     return [*SMALL, "--coco_path", str(toy), "--output_dir", str(tmp_path / "out")]
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> dict:
+    """As main.py would save it, with different averaged weights."""
+    categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
+    class_map = ClassMap.from_categories(categories)
+    cfg = load_config(overrides=DETECTOR | {"num_classes": class_map.num_classes})
+    weights = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        weights.append(build_model(cfg)[0].state_dict())
+    state = {"model": weights[0], "ema_model": weights[1], "epoch": 3}
+    return state | {"config": dataclasses.asdict(cfg), "class_map": class_map.state_dict()}
+
+
+@pytest.fixture(scope="session")
+def saved(checkpoint, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
+    save_checkpoint(path, checkpoint)
+    return path
 
 
 def serve(rank: int, connection: Connection) -> None:

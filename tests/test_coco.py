@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from datasets.coco import CocoDetection, build_dataset, collate, read_image
+from datasets.coco import CocoDetection, build_dataset, collate
 from datasets.transforms import eval_transforms, train_transforms
 from models.class_map import COCO_IDS, ClassMap
 from models.errors import UserError
+from models.images import read_image
 from models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]

@@ -14,8 +14,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from datasets.coco import CocoDetection
-from datasets.coco_eval import CocoEvaluator, curves_by_hotcoco, curves_by_pycocotools
 from models.class_map import ClassMap
+from models.evaluation import CocoEvaluator, curves_by_hotcoco, curves_by_pycocotools
 
 CATEGORIES = [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}]  # labels 0 and 1
 ONE, ONES = pytest.approx(1), pytest.approx([1] * 5)  # COCOeval adds an epsilon to denominators
@@ -236,7 +236,7 @@ def test_pycocotools_replaces_a_missing_hotcoco(make, monkeypatch):
     dataset = make([truth((0, 0, 50, 50))]).dataset
     assert CocoEvaluator(dataset).curves is curves_by_hotcoco
     monkeypatch.setitem(sys.modules, "hotcoco", None)  # its import fails
-    module = runpy.run_path("datasets/coco_eval.py")
+    module = runpy.run_path("models/evaluation.py")
     evaluator = module["CocoEvaluator"](dataset)
     assert evaluator.curves is module["curves_by_pycocotools"]
     evaluator.update({1: found((0.9, 0, 0, 0, 50, 50))})

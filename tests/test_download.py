@@ -10,11 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from main import main
+from models.download import download
 from models.errors import UserError
+from models.images import read_image, read_source
 from tests.test_main import fails_with, read_log
-from util.download import download
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -98,3 +101,12 @@ def test_concurrent_downloads_fetch_once(tmp_path: Path, server: str):
     assert Handler.requests == ["/x.pth"]
     with pytest.raises(UserError, match=r"absent\.pth: not downloaded"):
         download(f"{server}/absent.pth")
+
+
+def test_image_from_a_url(tmp_path: Path, server: str):
+    Image.effect_noise((20, 10), 90).save(tmp_path / "noise.png")
+    ((name, image),) = read_source(f"{server}/noise.png")
+    assert name == f"{server}/noise.png"
+    assert torch.equal(image, read_image(tmp_path / "noise.png"))
+    with pytest.raises(UserError, match=r"absent\.png: not downloaded"):
+        next(read_source(f"{server}/absent.png"))

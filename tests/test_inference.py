@@ -1,6 +1,5 @@
 """Detection on images from the command line and from a notebook, and its drawings."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -15,56 +14,22 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torchvision import tv_tensors
 
-import inference
-from datasets.coco import CocoDetection, read_image
+from datasets.coco import CocoDetection
 from datasets.toy import CATEGORIES
 from datasets.transforms import eval_transforms
-from models import build_model
-from models.class_map import ClassMap
+from models import build_model, draw, load_detector
+from models.cli import main
+from models.draw import class_colour, draw_boxes, side_by_side
 from models.errors import UserError
+from models.images import read_image
+from tests.conftest import DETECTOR
 from util import visualize
 from util.checkpoint import load_weights, save_checkpoint
 from util.config import load_config
-from util.visualize import class_colour, draw_boxes, plot_log, side_by_side
+from util.visualize import plot_log
 
-SMALL = {
-    "modelname": "dn_dab_detr",
-    "use_dn": True,
-    "backbone": "resnet18",
-    "pretrained_backbone": False,
-    "hidden_dim": 64,
-    "nheads": 4,
-    "enc_layers": 1,
-    "dec_layers": 2,
-    "dim_feedforward": 96,
-    "num_queries": 12,
-    "num_select": 20,
-    "data_aug_scales": [64, 96],
-    "data_aug_max_size": 128,
-}
 ROOT = Path(__file__).parent.parent
 GREY = torch.full((3, 600, 700), 128, dtype=torch.uint8)
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> dict:
-    """As main.py would save it, with different averaged weights."""
-    categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
-    class_map = ClassMap.from_categories(categories)
-    cfg = load_config(overrides=SMALL | {"num_classes": class_map.num_classes})
-    weights = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        weights.append(build_model(cfg)[0].state_dict())
-    state = {"model": weights[0], "ema_model": weights[1], "epoch": 3}
-    return state | {"config": dataclasses.asdict(cfg), "class_map": class_map.state_dict()}
-
-
-@pytest.fixture(scope="module")
-def saved(checkpoint, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
-    save_checkpoint(path, checkpoint)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -73,20 +38,26 @@ def released(checkpoint, tmp_path_factory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("released")
     state = {"model": checkpoint["model"], "args": Namespace(hidden_dim=64), "epoch": 49}
     save_checkpoint(directory / "checkpoint.pth", state)
-    (directory / "config.py").write_text("\n".join(f"{k} = {v!r}" for k, v in SMALL.items()))
+    (directory / "config.py").write_text("\n".join(f"{k} = {v!r}" for k, v in DETECTOR.items()))
     return directory / "checkpoint.pth", directory / "config.py"
 
 
+def predict(argv: list[str]) -> int:
+    return main(["predict", *argv])
+
+
 def by_hand(checkpoint: dict, paths: list[Path], weights: str = "model") -> list[dict]:
-    """The results of a model built and run without inference.py, in one batch."""
+    """The results of a model built and run without a Predictor, for one image after another."""
     cfg = load_config(overrides=checkpoint["config"])
     model, _, postprocess = build_model(cfg)
     load_weights(model, checkpoint[weights])
-    images = [read_image(path) for path in paths]
     transform = eval_transforms(cfg.data_aug_scales, cfg.data_aug_max_size)
-    with torch.no_grad():
-        outputs = model.eval()([transform(tv_tensors.Image(image)) for image in images])
-    return postprocess(outputs, torch.tensor([image.shape[-2:] for image in images]))
+    results = []
+    for image in map(read_image, paths):
+        with torch.no_grad():
+            outputs = model.eval()([transform(tv_tensors.Image(image))])
+        results += postprocess(outputs, torch.tensor([image.shape[-2:]]))
+    return results
 
 
 def check_against(expected: list[dict], content: dict, threshold: float) -> None:
@@ -125,7 +96,7 @@ def test_images_from_the_command_line(toy, checkpoint, saved, tmp_path):
         assert Path(entry["file_name"]) == path
         with Image.open(path) as image, Image.open(tmp_path / "new/out" / path.name) as drawn:
             assert image.size == (entry["width"], entry["height"])
-            assert max(drawn.size) == visualize.SMALLEST
+            assert max(drawn.size) == draw.SMALLEST
             assert drawn.width / drawn.height == pytest.approx(image.width / image.height, rel=0.01)
     # The file can be evaluated and trained on.
     COCO(tmp_path / "new/out/detections.json").loadRes(content["annotations"])
@@ -137,19 +108,19 @@ def test_images_from_the_command_line(toy, checkpoint, saved, tmp_path):
 def test_validation_set(toy, checkpoint, saved, tmp_path):
     argv = ["--resume", str(saved), "--coco_path", str(toy), "--num_images", "3"]
     argv += ["--output_dir", str(tmp_path), "--threshold", "0", "--device", "cpu"]
-    assert inference.main(argv) == 0
+    assert predict(argv) == 0
     content = json.loads((tmp_path / "detections.json").read_text())
     truth = json.loads((toy / "annotations" / "instances_val2017.json").read_text())
     assert [p["id"] for p in content["images"]] == [p["id"] for p in truth["images"][:3]]
     paths = [toy / "val2017" / p["file_name"] for p in truth["images"][:3]]
-    expected = [by_hand(checkpoint, [path])[0] for path in paths]
+    expected = by_hand(checkpoint, paths)
     check_against(expected, content, 0)
     assert len(list(tmp_path.glob("*.jpg"))) == 3
     first = truth["images"][0]
     label = list(CATEGORIES).index
     drawn = {label(a["category_id"]) for a in truth["annotations"] if a["image_id"] == first["id"]}
     with Image.open(tmp_path / first["file_name"]) as picture:
-        scale = visualize.SMALLEST / max(first["width"], first["height"])
+        scale = draw.SMALLEST / max(first["width"], first["height"])
         assert picture.width == pytest.approx(2 * scale * first["width"], abs=40)
         assert picture.height == pytest.approx(scale * first["height"], abs=60)
         left = np.asarray(picture)[:, : picture.width // 2].astype(int)
@@ -161,7 +132,7 @@ def test_validation_set(toy, checkpoint, saved, tmp_path):
 def test_averaged_weights(toy, checkpoint, saved):
     path = next((toy / "val2017").glob("*.jpg"))
     for ema, weights in ((False, "model"), (True, "ema_model")):
-        detector = inference.load_detector(saved, ema=ema)
+        detector = load_detector(saved, ema=ema)
         (result,) = detector.predict([read_image(path)], threshold=0)
         (expected,) = by_hand(checkpoint, [path], weights)
         torch.testing.assert_close(result["scores"], expected["scores"])
@@ -172,29 +143,29 @@ def test_labels_without_category_are_dropped(toy, checkpoint, tmp_path):
     state = json.loads(json.dumps(checkpoint["class_map"]))
     del state["categories"][1:]
     save_checkpoint(tmp_path / "checkpoint.pth", checkpoint | {"class_map": state})
-    detector = inference.load_detector(tmp_path / "checkpoint.pth")
+    detector = load_detector(tmp_path / "checkpoint.pth")
     (result,) = detector.predict([GREY], threshold=0)
     assert set(result["labels"].tolist()) <= {0}
 
 
 def test_released_checkpoint(toy, released, tmp_path, capsys):
     path, config = released
-    detector = inference.load_detector(path, config)
+    detector = load_detector(path, config)
     assert detector.labels_are_ids
     assert detector.class_map.ids == {i: i for i in range(len(CATEGORIES))}
     argv = ["--resume", str(path), "-c", str(config), "--threshold", "0", "--device", "cpu"]
     argv += ["--output_dir", str(tmp_path / "out")]
     image = str(next((toy / "val2017").glob("*.jpg")))
-    assert inference.main([*argv, "--images", image]) == 0
+    assert predict([*argv, "--images", image]) == 0
     content = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert content["categories"][3] == {"id": 3, "name": "3"}
     assert {a["category_id"] for a in content["annotations"]} <= set(range(len(CATEGORIES)))
     # A data set defines the labels, as in evaluation.
-    assert inference.main([*argv, "--coco_path", str(toy), "--num_images", "1"]) == 0
+    assert predict([*argv, "--coco_path", str(toy), "--num_images", "1"]) == 0
     content = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert content["categories"] == [{"id": i, "name": n} for i, n in CATEGORIES.items()]
     capsys.readouterr()
-    assert inference.main(argv[:2] + argv[4:] + ["--images", image]) == 2
+    assert predict(argv[:2] + argv[4:] + ["--images", image]) == 2
     assert "no config" in capsys.readouterr().err
 
 
@@ -203,7 +174,7 @@ def test_directories_and_duplicate_names(toy, saved, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(next((toy / "val2017").glob("*.jpg")), tmp_path / name)
     argv = ["--resume", str(saved), "--images", str(tmp_path / "b"), str(tmp_path / "a")]
-    assert inference.main([*argv, "--output_dir", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert predict([*argv, "--output_dir", str(tmp_path / "out"), "--device", "cpu"]) == 0
     found = {path.name for path in (tmp_path / "out").iterdir()}
     assert found == {"1_x.jpg", "2_x.jpg", "detections.json"}
 
@@ -215,8 +186,8 @@ def test_directories_and_duplicate_names(toy, saved, tmp_path):
         ({"--images": "none.jpg"}, "none.jpg"),
         ({"--images": "broken.jpg"}, "broken.jpg"),
         ({"--images": "empty"}, "holds no images"),
-        ({"--images": None}, "--images or --coco_path"),
-        ({"--coco_path": "empty"}, "--images or --coco_path"),
+        ({"--images": None}, "--source (or --images) or --coco_path"),
+        ({"--coco_path": "empty"}, "--source (or --images) or --coco_path"),
         ({"--coco_path": "empty", "--images": None}, "instances_val2017.json"),
         ({"--output_dir": "broken.jpg"}, "broken.jpg"),
         ({"--output_dir": "images"}, "contains the input images"),
@@ -240,9 +211,9 @@ def test_errors(change, message, toy, saved, checkpoint, tmp_path, monkeypatch, 
     save_checkpoint("bare.pth", checkpoint | {"ema_model": None})
     options = {"--resume": str(saved), "--images": "images", "--output_dir": "out"} | change
     argv = [word for pair in options.items() if pair[1] is not None for word in pair if word]
-    assert inference.main(argv) == 2
+    assert predict(argv) == 2
     error = capsys.readouterr().err
-    assert error.startswith("inference.py: error: ")
+    assert error.startswith("dn-dino predict: error: ")
     assert message in error
     assert error.count("\n") == 1 or "-m" in change  # a list of weights may follow
     assert Path("images/a.jpg").read_bytes() == before
@@ -271,7 +242,7 @@ def test_captions_stay_in_the_image_and_apart():
     boxes = torch.tensor([*corners, [200, 200, 400, 400], [200, 200, 400, 400]])
     labels, names = [0, 1, 2, 3, 4, 5], {i: f"a class {i}" for i in range(6)}
     picture = draw_boxes(GREY, boxes, labels, torch.linspace(0.9, 0.1, 6), names)
-    font = visualize.load_font(14)
+    font = draw.load_font(14)
     width = round(font.getlength("a class 1 0.90")) + 6
     for label in labels:
         background = (np.asarray(picture) == class_colour(label)).all(axis=2)

@@ -7,10 +7,10 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler
 
 from datasets.coco import build_dataset, collate
-from datasets.coco_eval import CocoEvaluator
 from datasets.toy import make_toy_coco
 from engine import evaluate, train_steps
 from models import build_model
+from models.evaluation import CocoEvaluator
 from train_state import TrainState
 from util.config import load_config
 

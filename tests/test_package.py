@@ -10,6 +10,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from PIL import Image
 
 from main import main
 
@@ -50,13 +51,14 @@ def install(sdist: Path, folder: Path, **environment: str) -> tuple[Path, list[s
     return python, ZipFile(wheel).namelist(), built.stdout
 
 
-def run(python: Path, folder: Path, program: str, *arguments: str) -> str:
-    """The output, stderr included, of a program run in an empty directory."""
+def run(python: Path, folder: Path, *arguments: str) -> str:
+    """The output, stderr included, of Python run in a directory without the repository's files."""
     empty = folder / "empty"
-    empty.mkdir()
+    empty.mkdir(exist_ok=True)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [str(python), "-c", program, *arguments]
-    result = subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        [str(python), *arguments], cwd=empty, env=env, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -79,6 +81,13 @@ found = detector.predict([torch.zeros(3, 40, 60, dtype=torch.uint8)], threshold=
 print("boxes", found[0]["boxes"].shape[1], detector.class_map.num_classes)
 print("from", sys.modules["dn_dino"].__file__, {"models", "ops"} & set(sys.modules))
 """
+BASE = """
+import sys
+extras = ["av", "hotcoco", "matplotlib", "pycocotools", "simplejpeg", "supervision"]
+sys.modules.update(dict.fromkeys(extras))  # cannot be imported
+from dn_dino.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_the_wheel_is_one_package_that_works_anywhere(sdist, tmp_path, small):
@@ -97,9 +106,17 @@ def test_the_wheel_is_one_package_that_works_anywhere(sdist, tmp_path, small):
 
     assert main(small) == 0
     program = TRAIN.format(config="dino_4scale_r50", options={}) + LOAD
-    printed = run(python, tmp_path, program, str(tmp_path / "out" / "checkpoint.pth"))
+    checkpoint = str(tmp_path / "out" / "checkpoint.pth")
+    printed = run(python, tmp_path, "-c", program, checkpoint)
     assert "backend cpp" in printed and "gradient True" in printed and "boxes 4 6" in printed
     assert f"from {tmp_path}/venv/" in printed and "dn_dino/__init__.py set()" in printed
+
+    command = [str(next(tmp_path.rglob("bin/dn-dino"))), "inspect", checkpoint]
+    assert "model      dn_dab_detr, backbone timm/resnet10t" in run(python, tmp_path, *command)
+    Image.new("RGB", (40, 30)).save(tmp_path / "black.png")
+    command = ["predict", checkpoint, "--source", str(tmp_path / "black.png"), "--output", "found"]
+    assert "in 1 images" in run(python, tmp_path, "-c", BASE, *command)
+    assert (tmp_path / "empty" / "found" / "black.jpg").exists()
 
 
 def test_without_a_compiler_it_installs_and_runs_on_the_reference(sdist, tmp_path):
@@ -107,7 +124,7 @@ def test_without_a_compiler_it_installs_and_runs_on_the_reference(sdist, tmp_pat
     assert "Deformable attention will run on its PyTorch reference: /bin/false" in printed
     assert not [name for name in names if name.endswith(".so")]
     printed = run(
-        python, tmp_path, TRAIN.format(config="toy/dino", options={"backbone": "resnet18"})
+        python, tmp_path, "-c", TRAIN.format(config="toy/dino", options={"backbone": "resnet18"})
     )
     assert "backend reference" in printed and "gradient True" in printed
     assert "pip install --force-reinstall --no-deps, with c++ or nvcc available" in printed

@@ -28,11 +28,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import run_with_submitit
-from benchmarks.common import describe_machine
 from datasets.toy import make_toy_coco
 from experiments import Experiment, Toy, load, names
 from models.cli import Parser
 from models.errors import UserError
+from models.machine import describe_machine
 from tools.results import complete_log, duplicates_per_object, slug, write_page, write_results
 
 ROOT = Path(__file__).resolve().parents[1]

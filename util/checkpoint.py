@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from models import weights
+from models.download import local_file
 from models.errors import UserError
 from models.weights import load_weights  # noqa: F401  part of the documented interface
-from util.download import local_file
 
 logger = logging.getLogger(__name__)
 

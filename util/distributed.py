@@ -135,22 +135,6 @@ def once_per_node(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return small
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The named device, by default this process's GPU, or the CPU. UserError if it is unusable."""
-    if not name and not torch.cuda.is_available():
-        return torch.device("cpu")
-    if name in ("", "cuda"):
-        name = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"  # Slurm may show only one
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device: {name} cannot be used: {str(e).splitlines()[0]}") from e
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's generators."""
     random.seed(seed)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import resource
 import sys
 import time
 from collections import Counter
@@ -10,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from models.errors import UserError
+from models.machine import peak_memory_mb
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +87,6 @@ class ProgressBar:
     @property
     def images_per_second(self) -> float:
         return self.images / (time.perf_counter() - self.start)
-
-
-def peak_memory_mb() -> float:
-    """Peak memory in MB: of the GPU if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 class RunLog:

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,12 +12,13 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from datasets.coco import CocoDetection
+if TYPE_CHECKING:
+    from .coco import CocoAnnotations
 
 try:
     import hotcoco
 except ImportError:
-    hotcoco = None
+    hotcoco = None  # type: ignore[assignment]
 
 Columns = dict[str, np.ndarray]
 
@@ -45,14 +46,15 @@ def curves_by_pycocotools(images: int, categories: int, truth: Columns, found: C
 
 def curves_by_hotcoco(images: int, categories: int, truth: Columns, found: Columns) -> dict:
     """The same bits as `curves_by_pycocotools`, much faster."""
-    index = hotcoco.COCO.from_arrays(
+    library: Any = hotcoco  # its types are narrower than what it takes
+    index = library.COCO.from_arrays(
         [{"id": i} for i in range(images)],
         [{"id": i, "name": str(i)} for i in range(categories)],  # it warns of unnamed ones
         *(truth[key] for key in ("image_id", "category_id", "bbox")),
         **{key: truth[key] for key in ("area", "iscrowd")},
     )
     columns = [found[key] for key in ("image_id", "bbox", "score", "category_id")]
-    evaluation = hotcoco.COCOeval(index, index.load_res(np.column_stack(columns)), "bbox")
+    evaluation = library.COCOeval(index, index.load_res(np.column_stack(columns)), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation.eval
@@ -68,7 +70,7 @@ class CocoEvaluator:
 
     def __init__(
         self,
-        dataset: CocoDetection,
+        dataset: "CocoAnnotations",
         curves: Callable = curves_by_hotcoco if hotcoco else curves_by_pycocotools,
     ):
         self.dataset, self.curves = dataset, curves
@@ -103,7 +105,7 @@ class CocoEvaluator:
         return dict(zip(keys, columns, strict=True))
 
     def drawable(self, image_id: int, number: int) -> dict[str, Any]:
-        """The best detections of an image as arguments of `util.visualize.draw_boxes`."""
+        """The best detections of an image as arguments of `draw.draw_boxes`."""
         _, category_ids, boxes, scores = (column[:number] for column in self.results[image_id])
         boxes = box_convert(torch.from_numpy(boxes), "xywh", "xyxy")
         labels = [self.dataset.class_map.label_of[i] for i in category_ids.tolist()]

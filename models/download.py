@@ -14,7 +14,7 @@ from urllib.request import urlopen
 import torch
 from tqdm import tqdm
 
-from models.errors import UserError
+from .errors import UserError
 
 logger = logging.getLogger(__name__)
 

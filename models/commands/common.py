@@ -1,0 +1,51 @@
+"""What the commands that run a detector share."""
+
+from argparse import ArgumentParser, Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..class_map import ClassMap
+from ..coco import CocoAnnotations
+from ..errors import UserError
+from ..machine import choose_device
+from ..predictor import Predictor, load_detector
+from ..registry import MODELS
+
+
+def add_detector_arguments(parser: ArgumentParser, batch_size: int = 4) -> None:
+    """The checkpoint, and how it runs."""
+    add = parser.add_argument
+    add("checkpoint", nargs="?", metavar="CHECKPOINT", help="checkpoint, a file or URL")
+    text = "config to use, not the checkpoint's: a file, or the name of a published one"
+    add("-c", "--config_file", metavar="FILE", help=text)
+    text = f"use this model's published config: {', '.join(MODELS)}"
+    add("-m", "--modelname", choices=MODELS, metavar="NAME", help=text)
+    add("--ema", action="store_true", help="use the averaged weights (EMA)")
+    add("--device", default="", help="cpu, cuda, ...; default: a GPU if available")
+    text = "compute in half precision: bfloat16, or float16 on a GPU without it"
+    add("--half", action="store_true", help=text)
+    text = "compile backbone and encoder (torch.compile): minutes at the start, faster on a GPU"
+    add("--compile", action="store_true", help=text)
+    text = f"images of equal size per batch ({batch_size})"
+    add("--batch_size", "--eval_batch_size", type=int, default=batch_size, metavar="N", help=text)
+
+
+def load(args: Namespace) -> Predictor:
+    """The detector that the arguments describe."""
+    if not args.checkpoint:
+        raise UserError("name a checkpoint, a file or URL")
+    if args.batch_size < 1:
+        raise UserError("batch_size: at least 1")
+    config = MODELS[args.modelname].config if args.modelname else args.config_file
+    device = choose_device(args.device)
+    return load_detector(args.checkpoint, config, device, args.ema, args.half, args.compile)
+
+
+def read_annotations(predictor: Predictor, images: Path, annotations: Path) -> CocoAnnotations:
+    """A data set with the detector's labels. Those of a released checkpoint are category ids as far
+    as possible, as in `main.py --eval`."""
+    class_map: Any = predictor.class_map
+    if predictor.labels_are_ids:
+        class_map = partial(ClassMap.of_released, num_classes=class_map.num_classes)
+    return CocoAnnotations(images, annotations, class_map)
