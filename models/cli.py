@@ -12,7 +12,9 @@ from importlib import import_module
 
 from .errors import UserError
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "convert": "checkpoints of other projects, and to them; safetensors",
+}
 
 
 class Parser(argparse.ArgumentParser):
