@@ -9,7 +9,7 @@ from typing import Any
 from .errors import UserError
 
 COCO_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-COCO_NAMES = (  # in the order of their ids
+COCO_NAMES = (  # noqa: SIM905  in the order of their ids
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, "
     "fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, "
     "bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, "
@@ -18,7 +18,7 @@ COCO_NAMES = (  # in the order of their ids
     "carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, "
     "tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, "
     "refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
-).split(", ")  # noqa: SIM905  a list would take a line for each
+).split(", ")
 COCO = dict(zip(sorted(COCO_IDS), COCO_NAMES, strict=True))  # {category id: name}
 COCO_NUM_CLASSES = 91  # published models use category ids as labels; some stay unused
 

@@ -1,8 +1,8 @@
-"""Checkpoints of transformers, detrex and MMDetection as this project's, and this project's as those
-of transformers and of the authors' code. A module for each; none of these projects is imported.
+"""Checkpoints of transformers, detrex and MMDetection as this project's, and this project's as
+transformers' and the authors'. A module for each; none of these projects is imported.
 
-transformers and, in part, MMDetection clamp boxes at 1e-5 before the inverse sigmoid, models here at
-1e-3: predictions differ where a side or coordinate is less than a thousandth of the image.
+transformers and, in part, MMDetection clamp boxes at 1e-5 before the inverse sigmoid, models here
+at 1e-3: predictions differ where a side or coordinate is less than a thousandth of the image.
 """
 
 from importlib import import_module

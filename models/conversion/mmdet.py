@@ -83,8 +83,8 @@ def read(path: Path, checkpoint: dict[str, Any], config: dict[str, Any]) -> dict
     values = options_of(state, heads := config.get("nheads", num_heads(settings)))
     values |= positions(settings.get("positional_encoding", {}), str(path))
     data = meta.get("dataset_meta", {})
-    names = data.get("classes", data.get("CLASSES", ())) if isinstance(data, dict) else ()
-    is_known = len(names) == num_classes and all(isinstance(name, str) for name in names)
+    names: Any = data.get("classes") or data.get("CLASSES") or ()
+    is_known = len(names) == num_classes
     class_map = ClassMap.of_names(names) if is_known else ClassMap.of_count(num_classes)
     return assemble(state, values | config | {"nheads": heads}, class_map, str(path))
 

@@ -200,8 +200,8 @@ def write(directory: Path, checkpoint: dict[str, Any]) -> None:
     temporary = directory.with_name(f".{directory.name}.tmp")
     try:
         temporary.mkdir()
-        for name, content in {"config": config, "preprocessor_config": PROCESSOR}.items():
-            (temporary / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        for stem, content in {"config": config, "preprocessor_config": PROCESSOR}.items():
+            (temporary / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
         save_file(state, temporary / "model.safetensors", {"format": "pt"})
         temporary.rename(directory)
     finally:
