@@ -74,9 +74,9 @@ class ClassMap:
 
     @classmethod
     def of_names(cls, names: Sequence[str]) -> ClassMap:
-        """Labels with these names. COCO's 80 names stand for its ids, whether alone or, as labels
-        of published models, at the places of the ids among 91; other labels serve as ids."""
-        ids = {label: label for label in range(len(names))}
+        """Labels with these names, "N/A" for an unused one. COCO's 80 names stand for its ids,
+        whether alone or at the places of the ids among 91; other labels serve as ids."""
+        ids = {label: label for label, name in enumerate(names) if name != "N/A"}
         if list(names) == COCO_NAMES:
             ids = dict(enumerate(COCO))
         elif len(names) == COCO_NUM_CLASSES and all(names[id_] == n for id_, n in COCO.items()):

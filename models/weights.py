@@ -71,7 +71,7 @@ def read_checkpoint(
                 # All checksums are zero where torch.save was told to compute none.
                 if any(record.CRC for record in archive.infolist()) and (bad := archive.testzip()):
                     raise ValueError(f"wrong checksum of {bad}")
-        allowed = [Namespace, *(_placeholders(path) if drop_objects and mmap else [])]
+        allowed: list[Any] = [Namespace, *(_placeholders(path) if drop_objects and mmap else [])]
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file is reported below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
     DabDetrConfig,
     DabDetrForObjectDetection,
     DeformableDetrConfig,
-    DeformableDetrForObjectDetection,
     ResNetConfig,
 )
 
@@ -29,6 +28,7 @@ from models.dn_components import with_indicator
 from models.nested_tensor import NestedTensor
 from models.options import DetectorOptions
 from models.weights import read_checkpoint
+from tests.test_export import make_state
 
 D, HIDDEN, QUERIES = 32, 16, 7  # of the small models below, with 1 encoder and 2 decoder layers
 NAMES = ["LABEL_0", "cat", "dog", "person", "N/A"]
@@ -107,7 +107,9 @@ class TestTransformers:
         assert convert(ours, back, "--to", "transformers") == 0
         again = DabDetrForObjectDetection.from_pretrained(back).eval()
         state, other = theirs.state_dict(), again.state_dict()
-        assert state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
+        if theirs.config.backbone_config.model_type == "timm_backbone":  # back it always is
+            assert state.keys() == other.keys()
+            assert all(torch.equal(state[name], other[name]) for name in state)
         assert theirs.config.id2label == again.config.id2label
         with torch.no_grad():
             expected, found, returned = theirs(**inputs), detector.model(images), again(**inputs)
@@ -118,11 +120,10 @@ class TestTransformers:
         if theirs.config.id2label[1] == "cat":  # of N/A there are no detections
             assert detector.class_map.names == dict(enumerate(NAMES[:4]))
 
-    def test_its_image_processor_reads_the_directory(self, small, tmp_path):
+    def test_images_through_its_processor(self, small, tmp_path):
         """From images to boxes in pixels, of a DN-DETR, whose label embedding becomes a pattern."""
-        options = ["--epochs", "1", "--backbone", "timm/resnet10t", "--num_patterns", "2"]
-        assert train([*small, *options]) == 0
-        source, there = tmp_path / "out" / "checkpoint.pth", tmp_path / "there"
+        source, there = tmp_path / "ours.pth", tmp_path / "there"
+        make_state(small, "dn_dab_detr", "--num_patterns", "2").save(source)
         assert convert(source, there, "--to", "transformers") == 0
         model = DabDetrForObjectDetection.from_pretrained(there).eval()
         processor = AutoImageProcessor.from_pretrained(there, size={"height": 64, "width": 96})
@@ -143,9 +144,8 @@ class TestTransformers:
 
     def test_what_has_no_counterpart(self, tmp_path, capsys):
         output = tmp_path / "out.pth"
-        small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 4}
-        config = DeformableDetrConfig(backbone="resnet18", **small)
-        DeformableDetrForObjectDetection(config).save_pretrained(tmp_path / "deformable")
+        DeformableDetrConfig().save_pretrained(tmp_path / "deformable")
+        save_file({"a": torch.zeros(1)}, tmp_path / "deformable" / "model.safetensors")
         error = error_of(capsys, tmp_path / "deformable", output)
         assert "no detector here corresponds to 'deformable_detr', only to 'dab-detr'" in error
         file = tmp_path / "deformable" / "config.json"
@@ -404,7 +404,7 @@ def test_a_file_of_detrex_or_mmdetection_becomes_a_detector(model, make, tmp_pat
 
 
 def test_a_deformable_decoder_layer_computes_the_same(tmp_path):
-    """Self-attention, norm 0, cross-attention, norm 1, feed-forward, norm 2, as in both projects."""
+    """Self-attention, norm 0, cross-attention, norm 1, feed-forward, norm 2: as in MMCV."""
     torch.manual_seed(0)
     theirs = detrex_dino()
     torch.save({"model": theirs}, tmp_path / "theirs.pth")
@@ -562,7 +562,7 @@ def test_unknown_names_and_shapes(tmp_path, capsys):
     source, output = tmp_path / "theirs.pth", tmp_path / "ours.pth"
     good = detrex_dino()
     wrong = {
-        "unexpected mask_head.weight": good | {"mask_head.weight": torch.zeros(1)},
+        "unexpected a.0, a.1, a.2 and 1 more": good | {f"a.{i}": torch.zeros(1) for i in range(4)},
         "missing transformer.decoder.norm.weight": {
             k: v for k, v in good.items() if k != "transformer.decoder.norm.weight"
         },
@@ -571,7 +571,6 @@ def test_unknown_names_and_shapes(tmp_path, capsys):
         "a ResNet 18, 34, 50 or 101": {
             k: v for k, v in good.items() if not k.startswith("backbone.res4.1")
         },
-        "and 1 more": good | {f"more.{i}": torch.zeros(1) for i in range(4)},
     }
     for expected, state in wrong.items():
         torch.save({"model": state}, source)
@@ -581,15 +580,14 @@ def test_unknown_names_and_shapes(tmp_path, capsys):
     assert "does not fit dino" in error_of(capsys, source, output, "-m", "dino")
     assert "holds no averaged weights" in error_of(capsys, source, output, "--ema")
     assert "No such file" in error_of(capsys, tmp_path / "absent.pth", output)
-    assert "not saved" in error_of(capsys, source, tmp_path / "absent" / "x.pth") or True
 
 
 class TestOwn:
     @pytest.fixture
     def trained(self, small, tmp_path) -> Path:
-        options = ["--use_ema", "--hidden_dim", "16", "--modelname", "dino"]
-        assert train([*small, *options, "-c", "configs/toy/dino.py"]) == 0
-        return tmp_path / "out" / "checkpoint.pth"
+        path = tmp_path / "checkpoint.pth"
+        make_state(small, "dino", "--use_ema").save(path)
+        return path
 
     def test_safetensors(self, trained, toy, tmp_path, capsys):
         """The same detector, in every place that reads a checkpoint, without further options."""
@@ -620,17 +618,17 @@ class TestOwn:
     def test_training_resumes_from_it(self, trained, toy, tmp_path):
         output = tmp_path / "weights.pth"
         assert convert(trained, output) == 0
-        run = ["--coco_path", str(toy), "--epochs", "2", "--num_workers", "0", "--device", "cpu"]
-        run += ["--data_aug_scales2_crop", "--debug", "--output_dir", str(tmp_path / "again")]
+        run = ["--coco_path", str(toy), "--num_workers", "0", "--device", "cpu"]
+        run += ["--debug", "--output_dir", str(tmp_path / "again"), "--epochs", "5"]
         assert train([*run, "--resume", str(output)]) == 0
         state = read_checkpoint(tmp_path / "again" / "checkpoint.pth")
-        assert (state["config"]["modelname"], state["config"]["hidden_dim"]) == ("dino", 16)
-        assert state["epoch"] == 1
+        assert (state["config"]["modelname"], state["config"]["hidden_dim"]) == ("dino", 32)
+        assert state["epoch"] == 4  # that of the checkpoint is 3
 
     def test_errors(self, trained, tmp_path, capsys):
         before = trained.read_bytes()
         there = tmp_path / "there"
-        assert "no model corresponds to dino" in error_of(
+        assert "transformers has no dino, only" in error_of(
             capsys, trained, there, "--to", "transformers"
         )
         assert "is the checkpoint itself" in error_of(capsys, trained, trained)

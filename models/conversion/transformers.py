@@ -7,11 +7,12 @@ Its `DeformableDetr` has queries that are no anchors, which no detector here has
 import dataclasses
 import json
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..backbones.timm_model import PREFIX
@@ -20,7 +21,7 @@ from ..class_map import ClassMap
 from ..dn_components import with_indicator
 from ..errors import UserError
 from ..options import DetectorOptions
-from ..weights import STEP_COUNTER, load_weights, read_checkpoint
+from ..weights import STEP_COUNTER, load_weights, not_saved, read_checkpoint
 from .common import Rules, assemble, new_name, rename
 
 BODY = "model.backbone.conv_encoder.model."
@@ -76,6 +77,8 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     "pe_temperatureW": ("temperature_width", 20),
     "dilation": ("dilation", False),
 }
+TEMPERATURES = ("temperature_height", "temperature_width")
+WEIGHTS = "model.safetensors"
 SIZES_OF_BOTH = ("attention_heads", "ffn_dim")  # of encoder and decoder, equal here
 # Settings with one value here.
 FIXED = {"normalize_before": False, "keep_query_pos": False, "sine_position_embedding_scale": None}
@@ -107,7 +110,7 @@ def read(path: Path, checkpoint: dict[str, Any], config: dict[str, Any]) -> dict
     for name, only in FIXED.items():
         if theirs.get(name, only) != only:
             raise UserError(f"{file}: {name}: {theirs[name]!r} is not supported, only {only!r}")
-    state = read_checkpoint(directory / "model.safetensors")["model"]
+    state = read_checkpoint(directory / WEIGHTS)["model"]
     state = rename(state, [(r"^model\.decoder\.bbox_embed\.", "bbox_predictor.")])
     join_projections(state)
     names = list(theirs.get("id2label", {}).values())
@@ -154,19 +157,11 @@ def join_projections(state: dict[str, Tensor]) -> None:
 def write(directory: Path, checkpoint: dict[str, Any]) -> None:
     """The directory of a `DabDetrForObjectDetection` that computes the same. UserError if it exists
     already, and for models without counterpart."""
-    class_map = ClassMap.from_state_dict(checkpoint["class_map"])
-    options = DetectorOptions.of(checkpoint["config"], num_classes=class_map.num_classes)
-    backbone, is_timm = options.backbone, options.backbone.startswith(PREFIX)
-    if options.modelname not in ("dab_detr", "dn_dab_detr"):
-        raise UserError(
-            f"transformers: no model corresponds to {options.modelname}, only to DAB-DETR"
-        )
-    if not (is_timm or backbone in RESNETS.values()) or options.pe_offset:
-        raise UserError(
-            "transformers: only ResNets, timm's backbones and pe_offset 0 are supported"
-        )
     if directory.exists():
         raise UserError(f"{directory}: exists; name a new directory")
+    class_map = ClassMap.from_state_dict(checkpoint["class_map"])
+    options = DetectorOptions.of(checkpoint["config"], num_classes=class_map.num_classes)
+    check_counterpart(options)
     model, *_ = build_model(options)
     load_weights(model, checkpoint, source="the checkpoint")
     state = {n: t for n, t in model.state_dict().items() if not n.endswith(STEP_COUNTER)}
@@ -179,12 +174,12 @@ def write(directory: Path, checkpoint: dict[str, Any]) -> None:
     for name in [name for name in state if ".in_proj_" in name]:
         for part, tensor in zip("qkv", state.pop(name).chunk(3), strict=True):
             state[name.replace(".in_proj_", f".{part}_proj.")] = tensor.clone()
-    stages = model.backbone[0].body.feature_info.out_indices if is_timm else [1, 2, 3, 4]
-    config: dict[str, Any] = {
-        name: getattr(options, option) for option, (name, _) in OPTIONS.items()
-    }
+    config: dict[str, Any] = {name: getattr(options, key) for key, (name, _) in OPTIONS.items()}
     config |= {f"decoder_{name}": config[f"encoder_{name}"] for name in SIZES_OF_BOTH}
+    config |= {name: int(config[name]) for name in TEMPERATURES}
     labels = {label: class_map.names.get(label, "N/A") for label in range(class_map.num_classes)}
+    is_timm = options.backbone.startswith(PREFIX)
+    stages = model.backbone[0].body.feature_info.out_indices if is_timm else [1, 2, 3, 4]
     config |= {
         "model_type": "dab-detr",
         "architectures": ["DabDetrForObjectDetection"],
@@ -192,17 +187,30 @@ def write(directory: Path, checkpoint: dict[str, Any]) -> None:
         "label2id": {name: label for label, name in labels.items()},
         "backbone_config": {
             "model_type": "timm_backbone",
-            "backbone": backbone.removeprefix(PREFIX),
+            "backbone": options.backbone.removeprefix(PREFIX),
             "out_indices": list(stages),
             "output_stride": 16 if options.dilation else None,
         },
     }
-    temporary = directory.with_name(f".{directory.name}.tmp")
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir()
-        for stem, content in {"config": config, "preprocessor_config": PROCESSOR}.items():
-            (temporary / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
-        save_file(state, temporary / "model.safetensors", {"format": "pt"})
+        for stem, settings in {"config": config, "preprocessor_config": PROCESSOR}.items():
+            (temporary / f"{stem}.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (temporary / WEIGHTS).write_bytes(safetensors.torch.save(state, {"format": "pt"}))
         temporary.rename(directory)
+    except OSError as error:
+        raise not_saved(directory, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_counterpart(options: DetectorOptions) -> None:
+    """UserError unless `DabDetrForObjectDetection` can be this detector."""
+    name, backbone = options.modelname, options.backbone
+    if name not in ("dab_detr", "dn_dab_detr"):
+        raise UserError(f"modelname: transformers has no {name}, only dab_detr and dn_dab_detr")
+    if not backbone.startswith(PREFIX) and backbone not in RESNETS.values():
+        raise UserError(f"backbone: transformers has no {backbone}, only ResNets and timm's")
+    if options.pe_offset or options.pe_temperatureH % 1 or options.pe_temperatureW % 1:
+        raise UserError("pe_offset, pe_temperature: in transformers they are 0 and whole numbers")
