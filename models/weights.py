@@ -195,7 +195,7 @@ def load_weights(
         checkpoint = path_or_dict
     else:
         source, checkpoint = os.fspath(path_or_dict), read_checkpoint(path_or_dict)
-    theirs = _without_prefix(state_dict_of(checkpoint, source))
+    theirs = state_dict_of(checkpoint, source)
     state = model.state_dict(keep_vars=True)  # the tensors themselves: shared ones are identical
     ours = _without_prefix(state)
     keywords = tuple(ignore)
@@ -230,13 +230,14 @@ def load_weights(
 
 
 def state_dict_of(checkpoint: Mapping, source: str) -> Mapping[str, Tensor]:
+    """The weights in a checkpoint, called `source` in errors; for the places see `load_weights`."""
     entries = (checkpoint.get(key) for key in ("model", "ema_model", "state_dict"))
     state = next((entry for entry in entries if isinstance(entry, Mapping)), checkpoint)
     pairs = state.items()
     if not pairs or not all(isinstance(n, str) and isinstance(v, Tensor) for n, v in pairs):
         places = "under 'model', 'ema_model' or 'state_dict', or as names and tensors alone"
         raise UserError(f"{source}: holds no weights; they are expected {places}")
-    return state
+    return _without_prefix(state)
 
 
 def num_classes_of(checkpoint: Mapping) -> int | None:

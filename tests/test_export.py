@@ -144,9 +144,18 @@ def test_errors(small: list[str], paths: tuple[str, str], tmp_path: Path, capsys
         (link, paths[0], "--output: .* is the checkpoint itself"),
         (paths[0], tmp_path, "--output: .* is a directory"),
         (paths[0], tmp_path / "absent" / "new.pth", "absent/new.pth: checkpoint not saved"),
-        (paths[1], new, "released.pth: holds no config; name the one it was trained with"),
+        (
+            paths[1],
+            new,
+            "released.pth: not converted: it holds no config; name the one it was trained with",
+        ),
         (tmp_path / "absent.pth", new, "absent.pth: No such file"),
-        (paths[0], new, "checkpoint.pth: holds no averaged weights .* leave out --ema", "--ema"),
+        (
+            paths[0],
+            new,
+            "checkpoint.pth: not converted: it holds no averaged weights .* leave out --ema",
+            "--ema",
+        ),
     ):
         capsys.readouterr()
         assert export(resume, output, *flags) == 2

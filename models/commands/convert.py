@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
     output: Path = args.output
     if output.exists() and output.samefile(args.file):
         raise UserError(f"--output: {output} is the checkpoint itself; name another file")
+    if args.to == "released" and "safetensors" in (args.format, output.suffix[1:]):
+        raise UserError("--format: the authors' code does not read safetensors; name a .pth file")
     if args.to != "transformers" and output.is_dir():
         raise UserError(f"--output: {output} is a directory; name a file")
     config = MODELS[args.modelname].config if args.modelname else args.config_file
@@ -53,8 +55,7 @@ def run(args: argparse.Namespace) -> None:
         transformers.write(output, checkpoint)
     else:
         content = released.export(checkpoint) if args.to == "released" else checkpoint
-        file_format = "pth" if args.to == "released" else args.format
-        write_checkpoint(output, content, file_format)
+        write_checkpoint(output, content, args.format)
     name, backbone = checkpoint["config"]["modelname"], checkpoint["config"]["backbone"]
     rows = checkpoint["class_map"]["categories"]
     logger.info("%s: %s with %s, %d classes", output, name, backbone, len(rows))

@@ -42,15 +42,24 @@ def new_name(name: str, rules: Rules) -> str:
     return name
 
 
+def neck_rules(names: Mapping[str, Any], norm: str) -> Rules:
+    """The input projections of a `ChannelMapper`: of feature maps, then of additional levels."""
+    convs, more = count(names, r"neck\.convs"), count(names, r"neck\.extra_convs")
+    places = [*(rf"convs\.{i}" for i in range(convs)), *(rf"extra_convs\.{i}" for i in range(more))]
+    return [
+        (rf"^neck\.{place}\.{part}\.", f"input_proj.{level}.{index}.")
+        for level, place in enumerate(places)
+        for index, part in enumerate(("conv", norm))
+    ]
+
+
 def rename(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     """The tensors under new names. UserError if two that are one here differ."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         new = new_name(name, rules)
         if not torch.equal(renamed.setdefault(new, tensor), tensor):
-            raise UserError(
-                f"{name}: differs from a tensor with which this project shares it, {new}"
-            )
+            raise UserError(f"{name} differs from another tensor that is {new} here as well")
     return renamed
 
 
@@ -59,46 +68,49 @@ def count(names: Mapping[str, Any], prefix: str) -> int:
     return len({found[1] for name in names if (found := re.match(rf"{prefix}\.(\d+)\.", name))})
 
 
-def options_of(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Any]:
-    """The options that tensors under this project's names tell: the published config of the model,
-    and its sizes. UserError if it is none of the detectors here."""
+def options_of(
+    state: Mapping[str, Tensor], defaults: dict[str, Any], config: dict[str, Any]
+) -> dict[str, Any]:
+    """The config of tensors under this project's names. In ascending order of precedence: the
+    published one of their model, `defaults`, `config`, and what their shapes tell. UserError if
+    they are none of the detectors here."""
     shapes = {name: tensor.shape for name, tensor in state.items()}
     is_deformable, has_labels = "transformer.level_embed" in shapes, "label_enc.weight" in shapes
     name = "dab_deformable_detr" if is_deformable else "dab_detr"
     name = f"dn_{name}" if has_labels else name
     name = "dino" if "transformer.enc_out_class_embed.weight" in shapes else name
-    layer, queries = "transformer.decoder.layers.0", "transformer.tgt_embed.weight"
+    values = read_config(find_model(name).config) | defaults | config
+    layer, num_heads = "transformer.decoder.layers.0", values.get("nheads", 8)
+    queries = "transformer.tgt_embed.weight" if name == "dino" else "refpoint_embed.weight"
     try:
         backbone, channels = backbone_of(shapes)
         width, hidden = shapes[f"{layer}.linear2.weight"]
-        sizes = {
+        values |= {
+            "modelname": name,
             "backbone": backbone,
             "hidden_dim": width,
             "dim_feedforward": hidden,
-            "nheads": num_heads,
             "enc_layers": count(shapes, r"transformer\.encoder\.layers"),
             "dec_layers": count(shapes, r"transformer\.decoder\.layers"),
-            "num_queries": shapes[queries if name == "dino" else "refpoint_embed.weight"][0],
+            "num_queries": shapes[queries][0],
             "num_patterns": shapes.get("transformer.patterns.weight", [0])[0],
-            "transformer_activation": "prelu" if f"{layer}.activation.weight" in shapes else "relu",
             # Other projects have a head for each layer.
             "dec_pred_class_embed_share": False,
             "dec_pred_bbox_embed_share": False,
         }
+        if f"{layer}.activation.weight" in shapes:
+            values["transformer_activation"] = "prelu"
         if is_deformable:
             levels = shapes["transformer.level_embed"][0]
             convs = [shapes[f"input_proj.{i}.0.weight"] for i in range(levels)]
             stages = [int(math.log2(c[1] / channels)) for c in convs if c[2] == 1]
-            sizes |= {"num_feature_levels": levels, "return_interm_indices": stages}
-            for part, attention in (
-                ("enc", "encoder.layers.0.self_attn"),
-                ("dec", "decoder.layers.0.cross_attn"),
-            ):
-                rows = shapes[f"transformer.{attention}.attention_weights.weight"][0]
-                sizes[f"{part}_n_points"] = rows // (levels * num_heads)
+            values |= {"num_feature_levels": levels, "return_interm_indices": stages}
+            for key, part in (("enc", "encoder.layers.0.self"), ("dec", "decoder.layers.0.cross")):
+                weights = shapes[f"transformer.{part}_attn.attention_weights.weight"]
+                values[f"{key}_n_points"] = weights[0] // (levels * num_heads)
     except KeyError as e:
-        raise UserError(f"no detector of this project: {e.args[0]} is missing") from e
-    return read_config(find_model(name).config) | sizes
+        raise UserError(f"no detector of this project: it has no {e.args[0]}") from e
+    return values
 
 
 def backbone_of(shapes: Mapping[str, torch.Size]) -> tuple[str, int]:
@@ -114,33 +126,31 @@ def backbone_of(shapes: Mapping[str, torch.Size]) -> tuple[str, int]:
             return resnets[blocks], 256 if has_bottlenecks else 64
     elif stem := shapes.get("backbone.0.patch_embed.proj.weight"):
         rows = shapes["backbone.0.layers.0.blocks.0.attn.relative_position_bias_table"][0]
-        size = (
-            stem[0],
+        depth, window = (
             count(shapes, r"backbone\.0\.layers\.2\.blocks"),
             (math.isqrt(rows) + 1) // 2,
         )
         for name, variant in swin.VARIANTS.items():
-            if size == (variant.dim, variant.depth, variant.window):
+            if (variant.dim, variant.depth, variant.window) == (stem[0], depth, window):
                 return name, variant.dim
-    raise KeyError("a ResNet 18, 34, 50 or 101, or a Swin-T, B or L")
+    raise KeyError("ResNet 18, 34, 50 or 101 or Swin-T, B or L")
 
 
 def assemble(
-    state: Mapping[str, Tensor], config: dict[str, Any], class_map: ClassMap, source: str
+    state: Mapping[str, Tensor], config: dict[str, Any], class_map: ClassMap
 ) -> dict[str, Any]:
     """A checkpoint of tensors under this project's names, those of shared heads under one or more.
     UserError, with the first few names, if they are not those of the config's model."""
     options = DetectorOptions.of(config, num_classes=class_map.num_classes)
     model, *_ = build_model(options)
-    report = load_weights(model, state, strict=False, source=source)
+    report = load_weights(model, state, strict=False)
     problems = []
     for kind in ("unexpected", "missing", "mismatched"):
         if names := getattr(report, kind):
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             problems.append(f"{kind} {', '.join(names[:NAMES_SHOWN])}{more}")
     if problems:
-        problem = f"{source}: does not fit {options.modelname}, not converted"
-        raise UserError(f"{problem}: {'; '.join(problems)}")
+        raise UserError(f"it does not fit {options.modelname}: {'; '.join(problems)}")
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     config = config | vars(options)
     return {"model": weights, "config": config, "class_map": class_map.state_dict()}

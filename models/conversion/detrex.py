@@ -4,15 +4,32 @@ ResNets and Swin Transformers of detectron2.
 In its published configs images are RGB and normalised as here, and labels are COCO's 80.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from ..class_map import ClassMap
 from ..weights import num_classes_of, state_dict_of
-from .common import FEED_FORWARD, Rules, assemble, count, norm_rules, options_of, pad_labels, rename
+from .common import (
+    FEED_FORWARD,
+    Rules,
+    assemble,
+    count,
+    neck_rules,
+    norm_rules,
+    options_of,
+    pad_labels,
+    rename,
+)
 
-# The position encoding of its configs where it is not that of the published models.
+logger = logging.getLogger(__name__)
+
+# The position encoding of its deformable models, except of DINO after 24 epochs or more.
 POSITIONS = {"pe_temperatureH": 10000, "pe_temperatureW": 10000, "pe_offset": -0.5}
+NOTE = (
+    "%s: position encoding as in detrex's configs of 12 epochs; those of 24 and more have the "
+    "published one: for these add -m dino"
+)
 
 NAMES: Rules = (
     (r"^backbone\.stem\.conv1\.norm\.", "backbone.0.body.bn1."),
@@ -22,8 +39,6 @@ NAMES: Rules = (
     (r"(body\.layer.*)\.shortcut\.", r"\1.downsample.0."),
     (r"(body\.layer.*)\.conv(\d)\.norm\.", r"\1.bn\2."),
     (r"^backbone\.(patch_embed|layers|norm\d)", r"backbone.0.\1"),
-    (r"^neck\.convs\.(\d)\.conv\.", r"input_proj.\1.0."),
-    (r"^neck\.convs\.(\d)\.norm\.", r"input_proj.\1.1."),
     (r"^(anchor_box|refpoint)_embed\.", "refpoint_embed."),
     (r"^(denoising_generator\.)?label_encoder\.", "label_enc."),
     (r"^transformer\.level_embeds$", "transformer.level_embed"),
@@ -46,19 +61,17 @@ ATTENTION: Rules = (
 
 def read(path: Path, checkpoint: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """See `conversion.read`."""
-    theirs = state_dict_of(checkpoint, str(path))
+    theirs = state_dict_of(checkpoint, "it")
     is_deformable = "transformer.level_embeds" in theirs
-    convs, layers = count(theirs, r"neck\.convs"), count(theirs, r"transformer\.decoder\.layers")
-    rules = [*NAMES, *FEED_FORWARD, *norm_rules(is_deformable)]
+    rules = [*NAMES, *neck_rules(theirs, "norm"), *FEED_FORWARD, *norm_rules(is_deformable)]
     rules += [*(() if is_deformable else DENSE), *ATTENTION]
-    for i in range(count(theirs, r"neck\.extra_convs")):
-        rules += [(rf"^neck\.extra_convs\.{i}\.conv\.", f"input_proj.{convs + i}.0.")]
-        rules += [(rf"^neck\.extra_convs\.{i}\.norm\.", f"input_proj.{convs + i}.1.")]
     rules += [(r"^transformer\.decoder\.((class|bbox)_embed\.)", r"\1")]
-    if is_deformable:
-        rules += [(rf"^(class|bbox)_embed\.{layers}\.", r"transformer.enc_out_\1_embed.")]
+    layers = count(theirs, r"transformer\.decoder\.layers")
+    rules += [(rf"^(class|bbox)_embed\.{layers}\.", r"transformer.enc_out_\1_embed.")]
     state = rename(theirs, rules)
     num_classes = num_classes_of(state) or 1
     pad_labels(state, num_classes)
-    values = options_of(state, config.get("nheads", 8)) | (POSITIONS if is_deformable else {})
-    return assemble(state, values | config, ClassMap.of_count(num_classes), str(path))
+    values = options_of(state, POSITIONS if is_deformable and not config else {}, config)
+    if values["modelname"] == "dino" and not config:
+        logger.info(NOTE, path)
+    return assemble(state, values, ClassMap.of_count(num_classes))

@@ -21,6 +21,7 @@ from .common import (
     Rules,
     assemble,
     count,
+    neck_rules,
     norm_rules,
     options_of,
     pad_labels,
@@ -35,7 +36,6 @@ NAMES: Rules = (
     (r"(blocks\.\d+)\.attn\.w_msa\.", r"\1.attn."),
     (r"(blocks\.\d+)\.ffn\.layers\.0\.0\.", r"\1.mlp.fc1."),
     (r"(blocks\.\d+)\.ffn\.layers\.1\.", r"\1.mlp.fc2."),
-    (r"^neck\.convs\.(\d)\.gn\.", r"input_proj.\1.1."),
     (r"^(encoder|decoder|patterns|level_embed)\b", r"transformer.\1"),
     (r"\.decoder\.post_norm\.", ".decoder.norm."),
     (r"\.self_attn\.attn\.", ".self_attn."),
@@ -52,7 +52,6 @@ DENSE: Rules = (
     (r"(decoder.*)\.cross_attn\.(?!out_proj)", r"\1.ca_"),
 )
 DINO: Rules = (
-    (r"^neck\.convs\.(\d)\.conv\.", r"input_proj.\1.0."),
     (r"^query_embedding\.", "transformer.tgt_embed."),
     (r"^bbox_head\.cls_branches\.", "class_embed."),
     *(
@@ -64,32 +63,36 @@ DINO: Rules = (
 
 def read(path: Path, checkpoint: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """See `conversion.read`."""
-    theirs, meta = state_dict_of(checkpoint, str(path)), checkpoint.get("meta", {})
-    settings = model_settings(meta.get("cfg"), str(path))
+    theirs, meta = state_dict_of(checkpoint, "it"), dict_at(checkpoint, "meta")
+    settings = model_settings(meta.get("cfg"))
     is_dino, layers = "level_embed" in theirs, count(theirs, r"decoder\.layers")
-    convs = count(theirs, r"neck\.convs")
     rules = [*NAMES, *FEED_FORWARD, *norm_rules(is_dino), *(DINO if is_dino else DENSE)]
+    rules += [*neck_rules(theirs, "gn")]
     rules += [(rf"^(class|bbox)_embed\.{layers}\.", r"transformer.enc_out_\1_embed.")]
-    for i in range(count(theirs, r"neck\.extra_convs")):
-        rules += [(rf"^neck\.extra_convs\.{i}\.conv\.", f"input_proj.{convs + i}.0.")]
-        rules += [(rf"^neck\.extra_convs\.{i}\.gn\.", f"input_proj.{convs + i}.1.")]
     state = rename(theirs, rules)
     for name in list(state):
         if ".downsample." in name and name.startswith("backbone.0.layers."):
             state[name] = reorder_merged(state[name])
     num_classes = num_classes_of(state) or 1
     pad_labels(state, num_classes)
-    convert_input(state, settings, str(path))
-    values = options_of(state, heads := config.get("nheads", num_heads(settings)))
-    values |= positions(settings.get("positional_encoding", {}), str(path))
-    data = meta.get("dataset_meta", {})
+    convert_input(state, settings)
+    attention = dict_at(settings, "encoder", "layer_cfg", "self_attn_cfg")
+    defaults = {"nheads": attention.get("num_heads", 8)} | positions(settings)
+    data = dict_at(meta, "dataset_meta")
     names: Any = data.get("classes") or data.get("CLASSES") or ()
     is_known = len(names) == num_classes
     class_map = ClassMap.of_names(names) if is_known else ClassMap.of_count(num_classes)
-    return assemble(state, values | config | {"nheads": heads}, class_map, str(path))
+    return assemble(state, options_of(state, defaults, config), class_map)
 
 
-def model_settings(text: Any, path: str) -> dict[str, Any]:
+def dict_at(values: Any, *names: str) -> dict[str, Any]:
+    """The dict inside dicts under these names, empty if there is none."""
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
+
+
+def model_settings(text: Any) -> dict[str, Any]:
     """The dict(...) that a config's text assigns to `model`, without executing it; other calls than
     dict count as dicts of their keywords."""
 
@@ -105,21 +108,15 @@ def model_settings(text: Any, path: str) -> dict[str, Any]:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "model":
                 return value(node.value)
     except (SyntaxError, ValueError) as e:
-        raise UserError(f"{path}: its config cannot be read: {e}") from e
+        raise UserError(f"its config cannot be read: {e}") from e
     return {}
 
 
-def num_heads(settings: dict[str, Any]) -> int:
-    attention = settings.get("encoder", {}).get("layer_cfg", {}).get("self_attn_cfg", {})
-    return attention.get("num_heads", 8)
-
-
-def positions(encoding: dict[str, Any], path: str) -> dict[str, Any]:
+def positions(settings: dict[str, Any]) -> dict[str, Any]:
     """The options of a `SinePositionalEncoding` with `normalize`."""
+    encoding = dict_at(settings, "positional_encoding")
     if not encoding.get("normalize", True) or "scale" in encoding:
-        raise UserError(
-            f"{path}: positional_encoding: only normalize=True with its own scale is supported"
-        )
+        raise UserError("positional_encoding: normalize=False and scale are not supported")
     temperature = encoding.get("temperature", 20)
     options = {"pe_temperatureH": temperature, "pe_temperatureW": temperature}
     return options | {"pe_offset": encoding.get("offset", 0.0)}
@@ -133,19 +130,18 @@ def reorder_merged(tensor: Tensor) -> Tensor:
     return pixels.movedim(-3, -1).transpose(-3, -2).flatten(-3)
 
 
-def convert_input(state: dict[str, Tensor], settings: dict[str, Any], path: str) -> None:
+def convert_input(state: dict[str, Tensor], settings: dict[str, Any]) -> None:
     """Makes the stem expect images as they are normalised here. UserError where it could not."""
-    backbone, images = settings.get("backbone", {}), settings.get("data_preprocessor", {})
+    backbone, images = dict_at(settings, "backbone"), dict_at(settings, "data_preprocessor")
     if backbone.get("style") == "caffe" or any(d != 1 for d in backbone.get("dilations", ())):
-        raise UserError(f"{path}: backbone: style='caffe' and dilations are not supported")
-    mean, std = (torch.tensor(x) * 255 for x in (IMAGENET_MEAN, IMAGENET_STD))
-    # Without bgr_to_rgb, which otherwise is stated, images are BGR.
-    is_bgr = bool(images) and not images.get("bgr_to_rgb", False)
-    order = [2, 1, 0] if is_bgr else [0, 1, 2]
-    theirs = torch.tensor(images["mean"] if images else mean.tolist())[order]
-    if not torch.allclose(theirs, mean, atol=0.5):
-        raise UserError(f"{path}: data_preprocessor: mean {theirs.tolist()} is not ImageNet's")
-    scale = std / torch.tensor(images["std"] if images else std.tolist())[order]
+        raise UserError("backbone: style='caffe' and dilations are not supported")
+    if not images:
+        return
+    order = [0, 1, 2] if images.get("bgr_to_rgb") else [2, 1, 0]  # files are read as BGR
+    mean, std = (torch.tensor(images[key])[order] / 255 for key in ("mean", "std"))
+    if not torch.allclose(mean, torch.tensor(IMAGENET_MEAN), atol=0.002):
+        raise UserError(f"data_preprocessor: mean {images['mean']} is not ImageNet's")
+    scale = torch.tensor(IMAGENET_STD) / std
     scale[(scale - 1).abs() < 1e-4] = 1
     for name in STEMS:
         if name in state:

@@ -97,51 +97,48 @@ PROCESSOR = {
 def read(path: Path, checkpoint: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """See `conversion.read`; a directory, or the model.safetensors in it."""
     directory = path if path.is_dir() else path.parent
-    file = directory / "config.json"
     try:
-        theirs = json.loads(file.read_text())
+        theirs = json.loads((directory / "config.json").read_text())
     except ValueError as e:
-        raise UserError(f"{file}: no JSON: {e}") from e
+        raise UserError(f"config.json: no JSON: {e}") from e
     if (kind := theirs.get("model_type")) != "dab-detr":
-        raise UserError(f"{file}: no detector here corresponds to {kind!r}, only to 'dab-detr'")
+        raise UserError(f"no detector here corresponds to {kind!r}, only to 'dab-detr'")
     for name in SIZES_OF_BOTH:
         if theirs.get(f"encoder_{name}") != theirs.get(f"decoder_{name}"):
-            raise UserError(f"{file}: {name} of encoder and decoder differ, which they cannot here")
+            raise UserError(f"{name} of encoder and decoder differ, which they cannot here")
     for name, only in FIXED.items():
         if theirs.get(name, only) != only:
-            raise UserError(f"{file}: {name}: {theirs[name]!r} is not supported, only {only!r}")
+            raise UserError(f"{name}: {theirs[name]!r} is not supported, only {only!r}")
+    backbone = theirs.get("backbone_config") or {"backbone": theirs.get("backbone")}
+    values = read_config("dab_detr_r50") | {"backbone": backbone_of(backbone)}
+    values |= {option: theirs.get(name, default) for option, (name, default) in OPTIONS.items()}
+    values["dilation"] |= backbone.get("output_stride") == 16
+    values |= config
+
     state = read_checkpoint(directory / WEIGHTS)["model"]
     state = rename(state, [(r"^model\.decoder\.bbox_embed\.", "bbox_predictor.")])
     join_projections(state)
-    names = list(theirs.get("id2label", {}).values())
-    class_map = ClassMap.of_names(names or ["LABEL_0", "LABEL_1"])  # the default is not written
-    backbone = theirs.get("backbone_config") or {"backbone": theirs.get("backbone")}
-    values = read_config("dab_detr_r50") | {"backbone": backbone_of(backbone, str(file))}
-    values |= {option: theirs.get(name, default) for option, (name, default) in OPTIONS.items()}
-    values["dilation"] |= backbone.get("output_stride") == 16
-    model, *_ = build_model(DetectorOptions.of(values | config, num_classes=len(names) or 2))
+    labels = theirs.get("id2label", {})
+    names = [labels[label] for label in sorted(labels, key=int)]
+    class_map = ClassMap.of_names(names or ["LABEL_0", "LABEL_1"])  # its default
+    model, *_ = build_model(DetectorOptions.of(values, num_classes=class_map.num_classes))
     is_timm = any(name.startswith(f"{BODY}_backbone.") for name in state)
     rules = [*NAMES, *(TIMM if is_timm else RESNET)]
     ours = {new_name(name, rules): name for name in model.state_dict()}
     state = {ours.get(name, name): tensor for name, tensor in state.items()}
-    return assemble(state, values | config, class_map, str(path))
+    return assemble(state, values, class_map)
 
 
-def backbone_of(config: dict[str, Any], path: str) -> str:
+def backbone_of(config: dict[str, Any]) -> str:
     """The name here of the backbone of a `backbone_config`."""
-    if config.get("model_type", "timm_backbone") == "timm_backbone":
+    kind = config.get("model_type", "timm_backbone")
+    if kind == "timm_backbone":
         name = config.get("backbone") or "resnet50"
         return name if name in RESNETS.values() else f"{PREFIX}{name}"
     key = config.get("layer_type", "bottleneck"), tuple(config.get("depths", (3, 4, 6, 3)))
-    if (
-        config["model_type"] != "resnet"
-        or key not in RESNETS
-        or config.get("downsample_in_bottleneck")
-    ):
+    if kind != "resnet" or key not in RESNETS or config.get("downsample_in_bottleneck"):
         known = ", ".join(RESNETS.values())
-        raise UserError(
-            f"{path}: backbone_config: only timm's and {known} of 'resnet' are supported"
-        )
+        raise UserError(f"backbone_config: only timm's models and, of 'resnet', {known} are known")
     return RESNETS[key]
 
 
