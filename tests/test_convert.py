@@ -126,14 +126,13 @@ class TestTransformers:
         make_state(small, "dn_dab_detr", "--num_patterns", "2").save(source)
         assert convert(source, there, "--to", "transformers") == 0
         model = DabDetrForObjectDetection.from_pretrained(there).eval()
-        processor = AutoImageProcessor.from_pretrained(there, size={"height": 64, "width": 96})
-        image = torch.randint(0, 255, (3, 64, 96), dtype=torch.uint8)
+        processor = AutoImageProcessor.from_pretrained(there)
+        image = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8)
         detector = load_detector(source)
-        detector.size, detector.max_size = 64, 96
         expected = detector.predict([image], threshold=0)[0]
         with torch.no_grad():
             outputs = model(**processor(image, return_tensors="pt"))
-        (found,) = processor.post_process_object_detection(outputs, 0, [(64, 96)], top_k=20)
+        (found,) = processor.post_process_object_detection(outputs, 0, [(64, 64)], top_k=20)
         torch.testing.assert_close(found["scores"], expected["scores"][:20], rtol=0, atol=1e-4)
         names = [model.config.id2label[label] for label in found["labels"].tolist()]
         assert names == [detector.class_map.names[n] for n in expected["labels"][:20].tolist()]
@@ -141,6 +140,9 @@ class TestTransformers:
         state = read_checkpoint(source)["model"]
         label = with_indicator(state["label_enc.weight"][-1:], content.shape[1], 0.0)
         assert torch.equal(content, label + state["transformer.patterns.weight"])
+        assert convert(there, tmp_path / "back.pth") == 0
+        back = load_detector(tmp_path / "back.pth")
+        assert (back.size, back.max_size) == (detector.size, detector.max_size) == (64, 64)
 
     def test_what_has_no_counterpart(self, tmp_path, capsys):
         output = tmp_path / "out.pth"
@@ -575,7 +577,7 @@ def test_unknown_names_and_shapes(tmp_path, capsys):
         "mismatched label_enc.weight": good | {"label_enc.weight": torch.zeros(7, D)},
         "differs from another tensor that is class_embed.0.weight": good
         | linear("transformer.decoder.class_embed.0", 80, D),
-        "a ResNet 18, 34, 50 or 101": {
+        "it has no ResNet 18, 34, 50 or 101": {
             k: v for k, v in good.items() if not k.startswith("backbone.res4.1")
         },
     }

@@ -17,6 +17,12 @@ from ..registry import find_model
 from ..weights import load_weights
 
 NAMES_SHOWN = 3
+RESNETS: dict[tuple[str, tuple[int, ...]], str] = {  # kind and number of the blocks in each stage
+    ("basic", (2, 2, 2, 2)): "resnet18",
+    ("basic", (3, 4, 6, 3)): "resnet34",
+    ("bottleneck", (3, 4, 6, 3)): "resnet50",
+    ("bottleneck", (3, 4, 23, 3)): "resnet101",
+}
 STEMS = "backbone.0.body.conv1.weight", "backbone.0.patch_embed.proj.weight"
 Rules = Sequence[tuple[str, str]]  # regular expressions and replacements, applied in turn
 FEED_FORWARD: Rules = (  # detrex and MMDetection both follow MMCV
@@ -117,21 +123,16 @@ def backbone_of(shapes: Mapping[str, torch.Size]) -> tuple[str, int]:
     """A backbone's name and the channels of its first stage."""
     body = "backbone.0.body.layer"
     if shapes.get(f"{body}1.0.conv1.weight"):
-        has_bottlenecks = f"{body}1.0.conv3.weight" in shapes
+        kind = "bottleneck" if f"{body}1.0.conv3.weight" in shapes else "basic"
         blocks = tuple(count(shapes, f"{re.escape(body)}{stage}") for stage in (1, 2, 3, 4))
-        resnets = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
-        if has_bottlenecks:
-            resnets = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
-        if blocks in resnets:
-            return resnets[blocks], 256 if has_bottlenecks else 64
+        if (kind, blocks) in RESNETS:
+            return RESNETS[kind, blocks], 64 if kind == "basic" else 256
     elif stem := shapes.get("backbone.0.patch_embed.proj.weight"):
         rows = shapes["backbone.0.layers.0.blocks.0.attn.relative_position_bias_table"][0]
-        depth, window = (
-            count(shapes, r"backbone\.0\.layers\.2\.blocks"),
-            (math.isqrt(rows) + 1) // 2,
-        )
+        depth = count(shapes, r"backbone\.0\.layers\.2\.blocks")
+        size = stem[0], depth, (math.isqrt(rows) + 1) // 2
         for name, variant in swin.VARIANTS.items():
-            if (variant.dim, variant.depth, variant.window) == (stem[0], depth, window):
+            if (variant.dim, variant.depth, variant.window) == size:
                 return name, variant.dim
     raise KeyError("ResNet 18, 34, 50 or 101 or Swin-T, B or L")
 

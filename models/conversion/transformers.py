@@ -1,7 +1,8 @@
 """transformers 5: `DabDetrForObjectDetection` to DAB-DETR and back, as directories that
 `save_pretrained` writes. DN-DETR can go there, where its label embedding is a pattern.
 
-Its `DeformableDetr` has queries that are no anchors, which no detector here has.
+Outputs are equal; with a backbone timm/NAME, which pads images here, where sides are multiples of
+32. Its `DeformableDetr` has queries that are no anchors, which no detector here has.
 """
 
 import dataclasses
@@ -21,8 +22,9 @@ from ..class_map import ClassMap
 from ..dn_components import with_indicator
 from ..errors import UserError
 from ..options import DetectorOptions
+from ..predictor import Predictor
 from ..weights import STEP_COUNTER, load_weights, not_saved, read_checkpoint
-from .common import Rules, assemble, new_name, rename
+from .common import RESNETS, Rules, assemble, new_name, rename
 
 BODY = "model.backbone.conv_encoder.model."
 # From this project's names.
@@ -78,29 +80,17 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     "dilation": ("dilation", False),
 }
 TEMPERATURES = ("temperature_height", "temperature_width")
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = "model.safetensors"
 SIZES_OF_BOTH = ("attention_heads", "ffn_dim")  # of encoder and decoder, equal here
 # Settings with one value here.
 FIXED = {"normalize_before": False, "keep_query_pos": False, "sine_position_embedding_scale": None}
-RESNETS = {
-    ("basic", (2, 2, 2, 2)): "resnet18",
-    ("basic", (3, 4, 6, 3)): "resnet34",
-    ("bottleneck", (3, 4, 6, 3)): "resnet50",
-    ("bottleneck", (3, 4, 23, 3)): "resnet101",
-}
-PROCESSOR = {
-    "image_processor_type": "ConditionalDetrImageProcessor",
-    "size": {"shortest_edge": 800, "longest_edge": 1333},
-}
 
 
 def read(path: Path, checkpoint: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """See `conversion.read`; a directory, or the model.safetensors in it."""
     directory = path if path.is_dir() else path.parent
-    try:
-        theirs = json.loads((directory / "config.json").read_text())
-    except ValueError as e:
-        raise UserError(f"config.json: no JSON: {e}") from e
+    theirs = read_json(directory / CONFIG)
     if (kind := theirs.get("model_type")) != "dab-detr":
         raise UserError(f"no detector here corresponds to {kind!r}, only to 'dab-detr'")
     for name in SIZES_OF_BOTH:
@@ -113,6 +103,10 @@ def read(path: Path, checkpoint: dict[str, Any], config: dict[str, Any]) -> dict
     values = read_config("dab_detr_r50") | {"backbone": backbone_of(backbone)}
     values |= {option: theirs.get(name, default) for option, (name, default) in OPTIONS.items()}
     values["dilation"] |= backbone.get("output_stride") == 16
+    if (directory / PROCESSOR).exists():
+        size = read_json(directory / PROCESSOR).get("size", {})
+        values["data_aug_scales"] = [size.get("shortest_edge", Predictor.size)]
+        values["data_aug_max_size"] = size.get("longest_edge", Predictor.max_size)
     values |= config
 
     state = read_checkpoint(directory / WEIGHTS)["model"]
@@ -127,6 +121,13 @@ def read(path: Path, checkpoint: dict[str, Any], config: dict[str, Any]) -> dict
     ours = {new_name(name, rules): name for name in model.state_dict()}
     state = {ours.get(name, name): tensor for name, tensor in state.items()}
     return assemble(state, values, class_map)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as e:
+        raise UserError(f"{file.name}: no JSON: {e}") from e
 
 
 def backbone_of(config: dict[str, Any]) -> str:
@@ -189,11 +190,17 @@ def write(directory: Path, checkpoint: dict[str, Any]) -> None:
             "output_stride": 16 if options.dilation else None,
         },
     }
+    size = max(checkpoint["config"].get("data_aug_scales", [Predictor.size]))
+    max_size = checkpoint["config"].get("data_aug_max_size", Predictor.max_size)
+    processor = {
+        "image_processor_type": "ConditionalDetrImageProcessor",
+        "size": {"shortest_edge": size, "longest_edge": max_size},
+    }
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir()
-        for stem, settings in {"config": config, "preprocessor_config": PROCESSOR}.items():
-            (temporary / f"{stem}.json").write_text(json.dumps(settings, indent=2) + "\n")
+        for name, settings in {CONFIG: config, PROCESSOR: processor}.items():
+            (temporary / name).write_text(json.dumps(settings, indent=2) + "\n")
         (temporary / WEIGHTS).write_bytes(safetensors.torch.save(state, {"format": "pt"}))
         temporary.rename(directory)
     except OSError as error:
