@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import UserError
 
 COCO_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+COCO_NAMES = (  # noqa: SIM905  in the order of their ids
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, "
+    "fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, "
+    "bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, "
+    "sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, "
+    "bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, "
+    "carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, "
+    "tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, "
+    "refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
+).split(", ")
+COCO = dict(zip(sorted(COCO_IDS), COCO_NAMES, strict=True))  # {category id: name}
 COCO_NUM_CLASSES = 91  # published models use category ids as labels; some stay unused
 
 
@@ -59,6 +71,24 @@ class ClassMap:
         if all(0 <= c["id"] < num_classes for c in categories):
             return cls.identity(categories, num_classes)
         return cls.from_categories(categories, num_classes)
+
+    @classmethod
+    def of_names(cls, names: Sequence[str]) -> ClassMap:
+        """Labels with these names, "N/A" for an unused one. COCO's 80 names stand for its ids,
+        whether alone or at the places of the ids among 91; other labels serve as ids."""
+        ids = {label: label for label, name in enumerate(names) if name != "N/A"}
+        if list(names) == COCO_NAMES:
+            ids = dict(enumerate(COCO))
+        elif len(names) == COCO_NUM_CLASSES and all(names[id_] == n for id_, n in COCO.items()):
+            ids = {id_: id_ for id_ in COCO}
+        return cls(len(names), ids, {label: str(names[label]) for label in ids})
+
+    @classmethod
+    def of_count(cls, num_classes: int) -> ClassMap:
+        """The labels of a model about which only their number is known: 80 and 91 are COCO's."""
+        names = [COCO.get(label, "N/A") for label in range(COCO_NUM_CLASSES)]
+        known = {len(COCO): COCO_NAMES, COCO_NUM_CLASSES: names}
+        return cls.of_names(known.get(num_classes, [f"class {i}" for i in range(num_classes)]))
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings and lists only, for checkpoints and JSON."""

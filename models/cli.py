@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "eval": "COCO's 12 figures of a checkpoint on a data set",
     "inspect": "what a checkpoint contains",
     "benchmark": "time and memory of a detector, stage by stage",
+    "convert": "checkpoints of other projects, and to them; safetensors",
 }
 
 

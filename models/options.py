@@ -15,6 +15,16 @@ from typing import Any
 from .class_map import COCO_NUM_CLASSES
 from .errors import UserError, nearest
 
+# Released names of options that are renamed here.
+ALIASES = {
+    "scalar": "dn_number",
+    "dn_scalar": "dn_number",
+    "label_noise_scale": "dn_label_noise_ratio",
+    "box_noise_scale": "dn_box_noise_scale",
+    "use_lft": "look_forward_twice",
+    "match_unstable_error": "log_matching",
+}
+
 
 def option(
     default: Any, help: str, choices: Sequence[str] = (), low: float = -inf, high: float = inf

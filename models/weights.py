@@ -1,17 +1,22 @@
 """Weights from files into models: no code run from a file, and all of the weights or none."""
 
+import contextlib
+import json
 import os
 import pickle
 import re
 import stat
+import uuid
 import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -24,13 +29,26 @@ from .errors import UserError
 NAMES_SHOWN = 20
 STEP_COUNTER = "num_batches_tracked"  # of BatchNorm; frozen norms and old files have none
 ZIP_HEAD, PICKLE_HEAD = b"PK\x03\x04", b"\x80"  # torch.save's format, and its format before 1.6
+METADATA = {"config", "class_map", "epoch"}  # entries of a safetensors file beside the weights
 
 
-def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict:
-    """The dict in a file of any torch.save since PyTorch 0.4, its tensors on the CPU.
+class Placeholder:
+    """Stands for an object of a class that a checkpoint may not hold; its contents are dropped."""
+
+    def __init__(self, *args: Any): ...
+    def __setstate__(self, state: Any): ...
+    def __setitem__(self, key: Any, value: Any): ...
+
+
+def read_checkpoint(
+    path: str | os.PathLike, verify: bool = True, drop_objects: bool = False
+) -> dict:
+    """The dict in a file of any torch.save since PyTorch 0.4, its tensors on the CPU, or the same
+    entries from a safetensors file of `write_checkpoint`; of others, "model" alone.
 
     Nothing in the file is executed: only tensors, plain containers and argparse.Namespace are
-    built. UserError if the file is missing, damaged, no checkpoint, or contains anything else.
+    built. UserError if the file is missing, damaged, no checkpoint, or contains anything else;
+    with `drop_objects`, a `Placeholder` takes the place of anything else.
     `verify` compares checksums, which torch does not: an incomplete download would load. Tensors
     are memory-mapped where the format allows, so that unused ones take no memory; replacing the
     file in the meantime is safe, writing into it is not.
@@ -39,18 +57,22 @@ def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
             raise UserError(f"{path}: is a directory or no regular file; name the file itself")
         with open(path, "rb") as file:
-            head = file.read(4)
+            start = file.read(9)
+        head = start[:4]
+        if start[8:] == b"{":  # after the length of the header
+            return _read_safetensors(path)
         if not head:
             raise UserError(f"{path}: is empty; copy or download it again")
         if not head.startswith((ZIP_HEAD, PICKLE_HEAD)):
-            raise UserError(f"{path}: not a checkpoint; name a file that torch.save wrote")
+            raise UserError(f"{path}: not a checkpoint; name a .pth or .safetensors file")
         mmap = head == ZIP_HEAD
         if verify and mmap:
             with zipfile.ZipFile(path) as archive:
                 # All checksums are zero where torch.save was told to compute none.
                 if any(record.CRC for record in archive.infolist()) and (bad := archive.testzip()):
                     raise ValueError(f"wrong checksum of {bad}")
-        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+        allowed: list[Any] = [Namespace, *(_placeholders(path) if drop_objects and mmap else [])]
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file is reported below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not isinstance(checkpoint, dict):
@@ -75,6 +97,55 @@ def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict:
         reason = re.split(r"\.\s|\n", f"{type(error).__name__}: {error}")[0].strip(": ")
         problem = f"truncated, corrupt or not a checkpoint ({reason})"
         raise UserError(f"{path}: {problem}; copy or download it again") from error
+
+
+def _placeholders(path: str | os.PathLike) -> list[type]:
+    """A subclass of Placeholder under the name of every class and function that the file uses."""
+    names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"}
+    split = [name.rpartition(".") for name in names]
+    return [type(name, (Placeholder,), {"__module__": module}) for module, _, name in split]
+
+
+def _read_safetensors(path: str | os.PathLike) -> dict:
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        entries = {key: json.loads(metadata[key]) for key in METADATA & metadata.keys()}
+        return {"model": {name: file.get_tensor(name) for name in file.keys()}, **entries}  # noqa: SIM118
+
+
+def write_checkpoint(path: Path, checkpoint: Mapping[str, Any], file_format: str = "") -> None:
+    """Write a checkpoint as "pth" or "safetensors", by default as the name of the file says, so
+    that at any moment the file is the old or the new one. UserError if the file system fails.
+
+    A safetensors file has the weights, under one name each, and the other entries of METADATA.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            if (file_format or path.suffix[1:]) == "safetensors":
+                state = checkpoint["model"].items()
+                unique = {(t.data_ptr(), t.shape): (n, t.contiguous()) for n, t in state}
+                entries = {key: json.dumps(checkpoint[key]) for key in METADATA & checkpoint.keys()}
+                file.write(safetensors.torch.save(dict(unique.values()), entries))
+            else:
+                torch.save(dict(checkpoint), file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise not_saved(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def not_saved(path: Path, error: Exception) -> Exception:
+    """A UserError if the file system caused `error`, else `error` itself."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__  # torch.save wraps a failed write in a RuntimeError
+    if cause is None:
+        return error
+    remedy = "check that the directory exists, is writable and has space left"
+    return UserError(f"{path}: checkpoint not saved: {cause.strerror or cause}; {remedy}")
 
 
 @dataclass
@@ -124,7 +195,7 @@ def load_weights(
         checkpoint = path_or_dict
     else:
         source, checkpoint = os.fspath(path_or_dict), read_checkpoint(path_or_dict)
-    theirs = _without_prefix(find_state_dict(checkpoint, source))
+    theirs = state_dict_of(checkpoint, source)
     state = model.state_dict(keep_vars=True)  # the tensors themselves: shared ones are identical
     ours = _without_prefix(state)
     keywords = tuple(ignore)
@@ -158,21 +229,20 @@ def load_weights(
     return report
 
 
-def find_state_dict(checkpoint: Mapping, source: str) -> Mapping[str, Tensor]:
-    """The entry "model", "ema_model" or "state_dict", or the dict itself. UserError, which names
-    `source`, if it holds no weights."""
+def state_dict_of(checkpoint: Mapping, source: str) -> Mapping[str, Tensor]:
+    """The weights in a checkpoint, called `source` in errors; for the places see `load_weights`."""
     entries = (checkpoint.get(key) for key in ("model", "ema_model", "state_dict"))
     state = next((entry for entry in entries if isinstance(entry, Mapping)), checkpoint)
     pairs = state.items()
     if not pairs or not all(isinstance(n, str) and isinstance(v, Tensor) for n, v in pairs):
         places = "under 'model', 'ema_model' or 'state_dict', or as names and tensors alone"
         raise UserError(f"{source}: holds no weights; they are expected {places}")
-    return state
+    return _without_prefix(state)
 
 
 def num_classes_of(checkpoint: Mapping) -> int | None:
     """The number of labels of the detector in a checkpoint: the rows of its class head."""
-    for name, tensor in find_state_dict(checkpoint, "the checkpoint").items():
+    for name, tensor in state_dict_of(checkpoint, "the checkpoint").items():
         if re.search(r"(^|\.)class_embed\.(0\.)?weight$", name):
             return len(tensor)
     return None
@@ -225,7 +295,7 @@ def load_backbone(backbone: Backbone, name: str, path: str = "", directory: str 
                 again = create().state_dict()
             source = {k: v for k, v in source.items() if torch.equal(v, again[k])}
         elif path:
-            source = find_state_dict(checkpoint, path)
+            source = state_dict_of(checkpoint, path)
         else:
             source = torchvision.models.get_model(name, weights="IMAGENET1K_V1").state_dict()
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:

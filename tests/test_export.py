@@ -1,7 +1,6 @@
-"""tools/export_checkpoint.py: our checkpoint in the released format, and back."""
+"""`dn-dino convert --to released`: our checkpoint in the released format, and back."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,8 +14,8 @@ from datasets.toy import CATEGORIES
 from main import main as evaluate
 from models import build_model
 from models.class_map import ClassMap
+from models.cli import main as dn_dino
 from models.registry import MODELS
-from tools.export_checkpoint import main
 from train_state import TrainState
 from util.checkpoint import load_weights, read_checkpoint
 from util.config import SELECTION_SWITCHES, load_config, parse_command_line
@@ -33,6 +32,11 @@ SWITCHES = {  # two_stage, two_stage_type, use_mqs, embed_init_tgt
     "pure": (True, "standard", False, False),
     "mixed": (True, "standard", True, True),
 }
+
+
+def export(checkpoint: str | Path, output: str | Path, *flags: str) -> int:
+    command = ["convert", str(checkpoint), "--output", str(output), "--to", "released", *flags]
+    return dn_dino(command)
 
 
 def make_state(small: list[str], model: str, *options: str, seed: int = 0) -> TrainState:
@@ -70,7 +74,7 @@ def test_round_trip(model: str, small: list[str], paths: tuple[str, str]):
     """Same outputs and, with the published command lines, same metrics and detections."""
     state, fresh = (make_state(small, model, seed=seed) for seed in (0, 1))
     state.save(Path(paths[0]))
-    assert main(["--resume", paths[0], "--output", paths[1]]) == 0
+    assert export(*paths) == 0
     released = read_checkpoint(paths[1])
     assert set(released) == {"model", "epoch", "args", "class_map"}
     assert released["epoch"] == 3
@@ -102,7 +106,7 @@ def test_args_in_released_spelling(selection, switches, small: list[str], paths:
     noise = ["--dn_number", "7", "--dn_label_noise_ratio", "0.25", "--dn_box_noise_scale", "0.75"]
     state = make_state(small, "dino", "--query_selection", selection, *noise)
     state.save(Path(paths[0]))
-    assert main(["--resume", paths[0], "--output", paths[1]]) == 0
+    assert export(*paths) == 0
     args = vars(read_checkpoint(paths[1])["args"])
     expected = {"scalar": 7, "dn_scalar": 7, "label_noise_scale": 0.25, "box_noise_scale": 0.75}
     expected |= {"use_lft": True, "modelname": "dino", "hidden_dim": 32, "dn_labelbook_size": 6}
@@ -115,17 +119,16 @@ def test_args_in_released_spelling(selection, switches, small: list[str], paths:
     assert load_config(overrides=rest) == load_config(overrides=args) == state.cfg
 
 
-def test_script_from_any_directory(small: list[str], paths: tuple[str, str], tmp_path: Path):
+def test_averaged_weights_and_notes(small: list[str], paths: tuple[str, str]):
     make_state(small, "dn_dab_detr", "--use_ema").save(Path(paths[0]))
     ours = read_checkpoint(paths[0])
-    for cwd, entry, ema in ((ROOT, "model", []), (tmp_path, "ema_model", ["--ema"])):
-        names = (ROOT / "tools" / "export_checkpoint.py", *paths)
-        script, resume, output = (os.path.relpath(name, cwd) for name in names)
-        command = [sys.executable, script, "--resume", resume, "--output", output, *ema]
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    for entry, flags in (("model", []), ("ema_model", ["--ema"])):
+        command = [sys.executable, "-m", "models", "convert", *paths[:1], "--to", "released"]
+        command += ["--output", paths[1], *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert "no backbone timm/resnet10t" in done.stdout
-        assert "3 -> 0, 7 -> 1, 12 -> 2" in done.stdout
+        assert "no backbone timm/resnet10t" in done.stderr
+        assert "3 -> 0, 7 -> 1, 12 -> 2" in done.stderr
         assert same(read_checkpoint(paths[1])["model"], ours[entry])
     assert not same(ours["model"], ours["ema_model"])
 
@@ -133,7 +136,7 @@ def test_script_from_any_directory(small: list[str], paths: tuple[str, str], tmp
 def test_errors(small: list[str], paths: tuple[str, str], tmp_path: Path, capsys):
     """One line, exit status 2, and an unchanged checkpoint."""
     make_state(small, "dn_dab_detr").save(Path(paths[0]))
-    assert main(["--resume", paths[0], "--output", paths[1]]) == 0
+    assert export(*paths) == 0
     before, new, link = Path(paths[0]).read_bytes(), tmp_path / "new.pth", tmp_path / "link.pth"
     link.symlink_to(paths[0])
     for resume, output, message, *flags in (
@@ -141,13 +144,22 @@ def test_errors(small: list[str], paths: tuple[str, str], tmp_path: Path, capsys
         (link, paths[0], "--output: .* is the checkpoint itself"),
         (paths[0], tmp_path, "--output: .* is a directory"),
         (paths[0], tmp_path / "absent" / "new.pth", "absent/new.pth: checkpoint not saved"),
-        (paths[1], new, "released.pth: holds no config, so it is a released checkpoint already"),
+        (
+            paths[1],
+            new,
+            "released.pth: not converted: it holds no config; name the one it was trained with",
+        ),
         (tmp_path / "absent.pth", new, "absent.pth: No such file"),
-        (paths[0], new, "checkpoint.pth: holds no averaged weights .* leave out --ema", "--ema"),
+        (
+            paths[0],
+            new,
+            "checkpoint.pth: not converted: it holds no averaged weights .* leave out --ema",
+            "--ema",
+        ),
     ):
         capsys.readouterr()
-        assert main(["--resume", str(resume), "--output", str(output), *flags]) == 2
+        assert export(resume, output, *flags) == 2
         error = capsys.readouterr().err
-        assert re.fullmatch(f"export_checkpoint.py: error: .*{message}.*\n", error)
+        assert re.fullmatch(f"dn-dino convert: error: .*{message}.*\n", error)
         assert not new.exists()
     assert Path(paths[0]).read_bytes() == before

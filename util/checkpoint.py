@@ -18,7 +18,10 @@ import torch
 from models import weights
 from models.download import local_file
 from models.errors import UserError
-from models.weights import load_weights  # noqa: F401  part of the documented interface
+from models.weights import (
+    load_weights,  # noqa: F401  part of the documented interface
+    not_saved,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,18 +46,7 @@ def _copy(path: Path, target: Path) -> None:
             shutil.copy2(path, temporary)  # with the modification time, which identifies the newest
         os.replace(temporary, target)
     except OSError as error:
-        raise _not_saved(target, error) from error
-
-
-def _not_saved(path: Path, error: Exception) -> Exception:
-    """A UserError if the file system caused `error`, else `error` itself."""
-    cause = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__  # torch.save wraps a failed write in a RuntimeError
-    if cause is None:
-        return error
-    remedy = "check that the directory exists, is writable and has space left"
-    return UserError(f"{path}: checkpoint not saved: {cause.strerror or cause}; {remedy}")
+        raise not_saved(target, error) from error
 
 
 def _keep_previous(path: Path, number: int) -> None:
@@ -94,7 +86,7 @@ def save_checkpoint(
         _keep_previous(path, keep - 1)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        raise _not_saved(path, error) from error
+        raise not_saved(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -21,6 +21,7 @@ from models.backbones import BACKBONES
 from models.cli import Parser
 from models.errors import UserError, nearest
 from models.options import (
+    ALIASES,
     DenoisingOptions,
     DetectorOptions,
     LossOptions,
@@ -29,20 +30,11 @@ from models.options import (
     read_assignments,
 )
 from models.registry import MODELS, check_options, find_model
+from util.checkpoint import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-
-# Released names of options that are renamed here.
-ALIASES = {
-    "scalar": "dn_number",
-    "dn_scalar": "dn_number",
-    "label_noise_scale": "dn_label_noise_ratio",
-    "box_noise_scale": "dn_box_noise_scale",
-    "use_lft": "look_forward_twice",
-    "match_unstable_error": "log_matching",
-}
 
 # A model name that only published commands use.
 MODEL_ALIASES = {"dn_deformable_detr": "dn_dab_deformable_detr"}
@@ -397,6 +389,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", nargs="*", help=argparse.SUPPRESS)
 
 
+def saved_options(source: str) -> dict[str, Any]:
+    """The options of model and image size in a checkpoint's config; released files have none."""
+    names = {f.name for f in dataclasses.fields(DetectorOptions)}
+    names |= {"data_aug_scales", "data_aug_max_size"}
+    config = read_checkpoint(source, verify=False).get("config", {})
+    return {name: config[name] for name in names & config.keys()}
+
+
 def parse_command_line(argv: Sequence[str] | None = None) -> Config:
     """The config of a command line, by default the process's. UserError if it is invalid."""
     models = ", ".join(f"{m} = configs/{spec.config}.py" for m, spec in MODELS.items())
@@ -432,4 +432,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Config:
             values["modelname"] = WITH_DENOISING[name]
             logger.info("-m %s with --use_dn selects %s", name, values["modelname"])
         path = path or CONFIG_DIR / f"{find_model(values['modelname']).config}.py"
+    source = values.get("resume", "")
+    if not path and source not in ("", "auto"):
+        values = saved_options(source) | values
     return make_config(path, values)

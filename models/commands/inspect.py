@@ -14,7 +14,7 @@ from ..class_map import ClassMap
 from ..download import local_file
 from ..options import DetectorOptions
 from ..registry import MODELS
-from ..weights import find_state_dict, num_classes_of, read_checkpoint
+from ..weights import num_classes_of, read_checkpoint, state_dict_of
 
 # Options that say nothing about a trained detector, or are printed by themselves.
 OMITTED = ("modelname", "num_classes", "pretrained_backbone", "backbone_weights", "backbone_dir")
@@ -32,7 +32,7 @@ def run(args: Namespace) -> None:
 
 def describe(checkpoint: Mapping[str, Any], source: str) -> Iterator[tuple[str, str]]:
     """Titles and texts about the checkpoint that was read from `source`."""
-    state, config = find_state_dict(checkpoint, source), checkpoint.get("config")
+    state, config = state_dict_of(checkpoint, source), checkpoint.get("config")
     origin = "main.py" if config else "the authors' code" if "args" in checkpoint else "unknown"
     epoch = f", after epoch {checkpoint['epoch']}" if "epoch" in checkpoint else ""
     extras = {"ema_model": "averaged weights (EMA)", "optimizer": "the optimiser's state"}
