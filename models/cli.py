@@ -12,7 +12,7 @@ from importlib import import_module
 
 from .errors import UserError
 
-COMMANDS: dict[str, str] = {}
+COMMANDS = {"export": "write a detector for other programs: ONNX, .pt2"}
 
 
 class Parser(argparse.ArgumentParser):
