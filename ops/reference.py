@@ -29,8 +29,8 @@ def ms_deform_attn_reference(
 
 
 def ms_deform_attn_by_gathers(*inputs: Tensor) -> Tensor:
-    """Same as `ms_deform_attn_reference`, in operators that ONNX has, of shapes that may be symbolic.
-    Each pixel next to a location is gathered in turn: B * Q * M * L * P * D numbers at a time."""
+    """Same as `ms_deform_attn_reference`, in operators that ONNX has. The four pixels around the
+    locations are gathered in turn, B * Q * M * L * P * D numbers at a time."""
     value, _, _, locations, _ = inputs
     rows, index, weights, _, _ = _bags(*inputs)
     index, weights = (t.unflatten(1, (-1, 4)) for t in (index, weights))  # (B * Q * M, L * P, 4)

@@ -17,7 +17,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("checkpoint", type=Path, metavar="FILE", help="checkpoint")
     add("--format", choices=["onnx", "torch"], default="onnx", help="(onnx)")
     add("--output", type=Path, metavar="FILE", help="default: beside the checkpoint")
-    add("--opset", type=int, default=18, metavar="N", help="of ONNX, 17 or more (18)")
+    add("--opset", type=int, default=18, metavar="N", help="of ONNX, 18 or more (18)")
     add("--batch_size", default="dynamic", metavar="N", help="a number or dynamic (dynamic)")
     text = "height and width, or dynamic (dynamic)"
     add("--size", nargs="+", default=["dynamic"], metavar="H W", help=text)
@@ -36,8 +36,8 @@ def run(args: Namespace) -> None:
 
     batch_size = numbers("batch_size", [args.batch_size], 1)
     size = numbers("size", args.size, 2)
-    if args.opset < 17:
-        raise UserError(f"opset: {args.opset} is less than 17, which deformable attention needs")
+    if args.opset < 18:
+        raise UserError(f"opset: {args.opset} is less than 18, the first that torch.onnx writes")
     target = Target(
         format=args.format,
         size=(size[0], size[1]) if size else None,
