@@ -215,11 +215,11 @@ def export_detector(
 
 
 def trace(module: Exportable) -> torch.export.ExportedProgram:
+    # A named Dim would have to be proven independent of every size inside the network.
     target = module.target
     batch_size, size = cases(module.predictor, target)[-1]
-    free = {0: "batch"} if target.batch_size is None else {}
-    free |= {2: "height", 3: "width"} if target.size is None else {}
-    dynamic = {axis: torch.export.Dim(name) for axis, name in free.items()}
+    free = [0] * (target.batch_size is None) + [2, 3] * (target.size is None)
+    dynamic = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
     images = example(target, batch_size, size)
     with torch.no_grad():
         return torch.export.export(module, (images,), dynamic_shapes=(dynamic,), strict=False)
