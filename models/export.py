@@ -69,7 +69,8 @@ class TopK(TorchFunctionMode):
 
     def __init__(self, given: Sequence[Tensor] = ()):
         super().__init__()
-        self.given, self.choices, self.loss = iter(given), [], 0.0
+        self.given, self.loss = iter(given), 0.0
+        self.choices: list[Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -87,10 +88,13 @@ class Exportable(nn.Module):
     """Images -> the outputs of the target, and in ONNX, until it is verified, the choices made by
     `topk`: see `difference`."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, predictor: Predictor, target: Target):
         super().__init__()
         self.predictor, self.target = predictor, target
-        self.model, self.postprocess = predictor.model, predictor.postprocess
+        self.model = predictor.model  # a module's parameters have to be below it
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
 
@@ -107,7 +111,7 @@ class Exportable(nn.Module):
         found = self.model(NestedTensor(images, mask))
         if self.target.with_processing:
             size = torch.tensor([[height, width]], device=images.device)
-            return self.postprocess.select(found, size)
+            return self.predictor.postprocess.select(found, size)
         return found["pred_logits"], found["pred_boxes"]
 
 
@@ -215,7 +219,8 @@ def export_detector(
 
 
 def trace(module: Exportable) -> torch.export.ExportedProgram:
-    # A named Dim would have to be proven independent of every size inside the network.
+    """torch.export's program, with symbols where the target's sizes are free."""
+    # Named dimensions fail: torch cannot solve all relations of the sizes inside for them.
     target = module.target
     batch_size, size = cases(module.predictor, target)[-1]
     free = [0] * (target.batch_size is None) + [2, 3] * (target.size is None)
@@ -239,7 +244,7 @@ def write_onnx(module: Exportable, file: Path, told: str) -> dict[str, Run]:
         program = trace(module)
     outputs = len(program.graph_signature.user_outputs)
     names = target.outputs + [f"choice_{i}" for i in range(outputs - len(target.outputs))]
-    exported = torch.onnx.export(
+    exported: Any = torch.onnx.export(
         program,
         dynamo=True,
         input_names=["images"],

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
 from .build import build_model, read_config
@@ -14,6 +14,7 @@ from .class_map import ClassMap
 from .detector import Detector
 from .errors import UserError
 from .options import DetectorOptions
+from .postprocess import PostProcess
 from .preprocess import preprocess
 from .weights import load_weights, num_classes_of, read_checkpoint
 
@@ -27,7 +28,7 @@ class Predictor:
     """
 
     model: Detector
-    postprocess: nn.Module
+    postprocess: PostProcess
     class_map: ClassMap
     size: int = 800
     max_size: int = 1333
