@@ -15,9 +15,10 @@ from .errors import UserError
 COMMANDS: dict[str, str] = {
     "predict": "detect objects in images and videos, and draw them",
     "eval": "COCO's 12 figures of a checkpoint on a data set",
+    "export": "write a detector for other programs: ONNX, .pt2",
+    "convert": "checkpoints of other projects, and to them; safetensors",
     "inspect": "what a checkpoint contains",
     "benchmark": "time and memory of a detector, stage by stage",
-    "convert": "checkpoints of other projects, and to them; safetensors",
 }
 
 

@@ -77,8 +77,9 @@ class LevelTokens:
 
     def per_token(self, of_levels: Tensor) -> Tensor:
         """(..., L, n) -> (..., S, n): every level's values, repeated for its tokens."""
-        sizes = self.spatial_shapes.prod(1)
-        return of_levels.repeat_interleave(sizes, dim=-2, output_size=self.mask.shape[1])
+        levels = zip(of_levels.split(1, dim=-2), self.sizes, strict=True)
+        repeated = [x.expand(*x.shape[:-2], h * w, -1) for x, (h, w) in levels]
+        return torch.cat(repeated, dim=-2)
 
 
 def deformable_attention(options: ModelOptions, num_points: int) -> MSDeformAttn:

@@ -19,6 +19,17 @@ class PostProcess(nn.Module):
         Returns for each image "scores" (k,), best first, "labels" (k,), "boxes" (k, 4) xyxy in
         pixels.
         """
+        results = [
+            {"scores": s, "labels": c, "boxes": b}
+            for s, c, b in zip(*self.select(outputs, sizes), strict=True)
+        ]
+        if self.nms_iou_threshold <= 0:
+            return results
+        kept = [nms(r["boxes"], r["scores"], self.nms_iou_threshold) for r in results]
+        return [{k: v[keep] for k, v in r.items()} for r, keep in zip(results, kept, strict=True)]
+
+    def select(self, outputs: dict[str, Tensor], sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores (B, k), labels (B, k) and boxes (B, k, 4), before suppression."""
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         num_classes = logits.shape[-1]
         scores = logits.sigmoid().flatten(1)
@@ -26,12 +37,4 @@ class PostProcess(nn.Module):
         query, labels = index // num_classes, index % num_classes
         boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4))
         height, width = sizes.to(boxes).unbind(1)
-        boxes = boxes * torch.stack([width, height, width, height], dim=1)[:, None]
-        results = [
-            {"scores": s, "labels": c, "boxes": b}
-            for s, c, b in zip(scores, labels, boxes, strict=True)
-        ]
-        if self.nms_iou_threshold <= 0:
-            return results
-        kept = [nms(r["boxes"], r["scores"], self.nms_iou_threshold) for r in results]
-        return [{k: v[keep] for k, v in r.items()} for r, keep in zip(results, kept, strict=True)]
+        return scores, labels, boxes * torch.stack([width, height, width, height], dim=1)[:, None]

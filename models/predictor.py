@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
 from .build import build_model, read_config
@@ -19,6 +19,7 @@ from .errors import UserError
 from .images import read_source
 from .nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from .options import DetectorOptions
+from .postprocess import PostProcess
 from .preprocess import preprocess, resized_size
 from .weights import load_weights, num_classes_of, read_checkpoint
 
@@ -35,7 +36,7 @@ class Predictor:
     """
 
     model: Detector
-    postprocess: nn.Module
+    postprocess: PostProcess
     class_map: ClassMap
     size: int = 800
     max_size: int = 1333

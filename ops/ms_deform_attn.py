@@ -203,8 +203,10 @@ class MSDeformAttn(nn.Module):
     Sampling offsets and attention weights are linear in the query; values are a projection of the
     memory. Parameters have the released names. Initially, point p of head m is p + 1 pixels away at
     the angle 2 pi m / n_heads, and all weights are equal. Queries, memory and output have `d_model`
-    channels, a multiple of `n_heads`.
+    channels, a multiple of `n_heads`. `operator` may be replaced by one that does the same.
     """
+
+    operator = staticmethod(ms_deform_attn)
 
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4):
         super().__init__()
@@ -268,5 +270,5 @@ class MSDeformAttn(nn.Module):
             raise ValueError(f"reference_points must have 2 or 4 values, not {values}")
         locations = (of_points(reference_points[..., :2]) + shifts).view(B, Q, M, L, P, 2)
         value = value.unflatten(-1, (M, -1))
-        output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
+        output = self.operator(value, spatial_shapes, level_start_index, locations, weights)
         return self.output_proj(output)

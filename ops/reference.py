@@ -28,6 +28,17 @@ def ms_deform_attn_reference(
     return output.view(B, -1, M * D).to(value.dtype)
 
 
+def ms_deform_attn_by_gathers(*inputs: Tensor) -> Tensor:
+    """Same as `ms_deform_attn_reference`, in operators that ONNX has. The four pixels around the
+    locations are gathered in turn, B * Q * M * L * P * D numbers at a time."""
+    value, _, _, locations, _ = inputs
+    rows, index, weights, _, _ = _bags(*inputs)
+    index, weights = (t.unflatten(1, (-1, 4)) for t in (index, weights))  # (B * Q * M, L * P, 4)
+    pixels = [weights[:, None, :, i] @ F.embedding(index[..., i], rows) for i in range(4)]
+    output = pixels[0] + pixels[1] + pixels[2] + pixels[3]
+    return output.view(*locations.shape[:2], -1).to(value.dtype)
+
+
 def ms_deform_attn_reference_backward(grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     """The gradients of value, sampling locations and attention weights, in their dtypes."""
     value, shapes, _, locations, attention_weights = inputs
