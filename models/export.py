@@ -11,32 +11,28 @@ operator, which has to be imported before `torch.export.load`.
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
-from .class_map import ClassMap
+from .coco import CocoAnnotations
 from .deformable_attention import MSDeformAttn, ms_deform_attn_by_gathers
-from .errors import UserError
+from .errors import UserError, import_extra
 from .nested_tensor import NestedTensor
 from .predictor import Predictor
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD, normalize, resized_size
@@ -173,13 +169,13 @@ def export_detector(
     checkpoint: str | Path,
     output: str | Path,
     target: Target,
-    coco_path: str | Path | None = None,
+    dataset: CocoAnnotations | None = None,
 ) -> dict[str, float]:
     """Export a detector, verify the file, and only then move it to `output`.
 
     ONNX is run by onnxruntime, and by OpenVINO if it is installed. Returns the largest `difference`
     of all `cases`, the milliseconds of each runtime and of the detector for a batch of the last
-    case, and with a data set the AP on its val2017 of both. `checkpoint`: the file to describe.
+    case, and with a data set the AP on it of both. `checkpoint`: the file to describe.
 
     UserError, and no file, if a difference exceeds TOLERANCE or AP differs in the third digit, if a
     package is missing, or for processing inside with non-maximum suppression.
@@ -205,11 +201,11 @@ def export_detector(
                 figures["difference"] = max(figures["difference"], gap)
         runs["detector"] = torch.no_grad()(module.detect)
         figures |= {f"{name} ms": milliseconds(run, images) for name, run in runs.items()}
-        if coco_path:
+        if dataset:
             both = {name: runs[name] for name in (next(iter(runs)), "detector")}
             for name, run in both.items():
                 predict = partial(detect, run, predictor, target)
-                figures[f"{name} AP"] = average_precision(predict, coco_path, predictor.class_map)
+                figures[f"{name} AP"] = average_precision(predict, dataset)
             ours, theirs = (figures[f"{name} AP"] for name in both)
             if abs(ours - theirs) >= 5e-4:
                 problem = f"AP is {ours:.4f}, but the detector's {theirs:.4f}"
@@ -239,7 +235,8 @@ def write_torch(module: Exportable, file: Path, told: str) -> dict[str, Run]:
 def write_onnx(module: Exportable, file: Path, told: str) -> dict[str, Run]:
     """Write an ONNX file. Returns it as each runtime runs it, with the choices of `topk`, which the
     file does not give, as further outputs."""
-    onnx, onnxscript, target = extra("onnx"), extra("onnxscript.optimizer"), module.target
+    onnx, target = import_extra("onnx", "export"), module.target
+    optimizer = import_extra("onnxscript.optimizer", "export")
     with gathers(module.model):
         program = trace(module)
     outputs = len(program.graph_signature.user_outputs)
@@ -253,8 +250,8 @@ def write_onnx(module: Exportable, file: Path, told: str) -> dict[str, Run]:
         optimize=False,  # onnxscript 0.7 gives two clamps of one tensor, as in a decoder, one bound
         verbose=False,
     )
-    onnxscript.fold_constants(exported.model)
-    onnxscript.remove_unused_nodes(exported.model)
+    optimizer.fold_constants(exported.model)
+    optimizer.remove_unused_nodes(exported.model)
     model = exported.model_proto
     if (opset := model.opset_import[0].version) != target.opset:
         raise UserError(f"opset: torch.onnx wrote {opset}, not {target.opset}; use --opset {opset}")
@@ -271,7 +268,7 @@ def write_onnx(module: Exportable, file: Path, told: str) -> dict[str, Run]:
 
 def onnxruntime_session(file: str | Path) -> Run:
     """An ONNX file, run by onnxruntime on the CPU with torch's number of threads."""
-    onnxruntime = extra("onnxruntime")
+    onnxruntime = import_extra("onnxruntime", "export")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
@@ -284,7 +281,7 @@ def onnxruntime_session(file: str | Path) -> Run:
 
 def openvino_model(file: str | Path) -> Run:
     """An ONNX file, run by OpenVINO on the CPU in float32 with torch's number of threads."""
-    openvino = extra("openvino")
+    openvino = import_extra("openvino", "export")
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(file, "CPU", options)
 
@@ -292,14 +289,6 @@ def openvino_model(file: str | Path) -> Run:
         return [torch.from_numpy(x.copy()) for x in compiled(images.numpy()).values()]
 
     return run
-
-
-def extra(name: str) -> Any:
-    """An optional package, imported. UserError if it is not installed."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise UserError(f"{name}: is not installed; pip install dn_dino[export]") from error
 
 
 def description(predictor: Predictor, checkpoint: Path, target: Target) -> dict[str, Any]:
@@ -347,32 +336,17 @@ def detect(run: Run, predictor: Predictor, target: Target, image: Tensor) -> tup
 
 
 def average_precision(
-    predict: Callable[[Tensor], Sequence[Tensor]], coco_path: str | Path, class_map: ClassMap
+    predict: Callable[[Tensor], Sequence[Tensor]], dataset: CocoAnnotations
 ) -> float:
-    """COCO's AP on val2017 of a data set in COCO's format.
+    """COCO's AP on a data set.
 
     predict: an image (3, H, W) uint8 RGB -> scores (k,), labels (k,), boxes (k, 4) xyxy in pixels.
     """
-    extra("pycocotools")
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
+    import_extra("pycocotools", "eval")
+    from .evaluation import CocoEvaluator
 
-    root, results = Path(coco_path), []
-    with redirect_stdout(io.StringIO()):
-        truth = COCO(str(root / "annotations" / "instances_val2017.json"))
-        for id_, image in truth.imgs.items():
-            path = root / "val2017" / image["file_name"]
-            scores, labels, boxes = predict(F.pil_to_tensor(Image.open(path).convert("RGB")))
-            boxes = box_convert(boxes, "xyxy", "xywh")
-            for score, label, box in zip(
-                scores.tolist(), labels.tolist(), boxes.tolist(), strict=True
-            ):
-                if label in class_map.ids:
-                    category = class_map.ids[label]
-                    row = {"image_id": id_, "category_id": category, "bbox": box, "score": score}
-                    results.append(row)
-        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return float(evaluation.stats[0])
+    evaluator = CocoEvaluator(dataset)
+    for i, id_ in enumerate(dataset.image_ids.tolist()):
+        found = zip(("scores", "labels", "boxes"), predict(dataset.image(i)), strict=True)
+        evaluator.update({id_: dict(found)})
+    return evaluator.summarize()[0]

@@ -16,6 +16,7 @@ from models.backbones import BACKBONES, BackboneSpec, ConvNeXt, Swin, convnext, 
 from models.build import read_config
 from models.class_map import ClassMap
 from models.cli import main
+from models.coco import CocoAnnotations
 from models.errors import UserError
 from models.export import Exportable, Target, TopK, average_precision, export_detector
 from models.options import DetectorOptions
@@ -215,4 +216,6 @@ def test_average_precision_of_the_truth_is_1(toy: Path):
         labels = torch.tensor([class_map.label_of[a["category_id"]] for a in found])
         return torch.ones(len(found)), labels, boxes
 
-    assert average_precision(predict, toy, class_map) == pytest.approx(1)
+    file = toy / "annotations" / "instances_val2017.json"
+    dataset = CocoAnnotations(toy / "val2017", file, class_map)
+    assert average_precision(predict, dataset) == pytest.approx(1)

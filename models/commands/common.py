@@ -13,8 +13,8 @@ from ..predictor import Predictor, load_detector
 from ..registry import MODELS
 
 
-def add_detector_arguments(parser: ArgumentParser, batch_size: int = 4) -> None:
-    """The checkpoint, and how it runs."""
+def add_checkpoint_arguments(parser: ArgumentParser) -> None:
+    """The checkpoint, and what it lacks."""
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CHECKPOINT", help="checkpoint, a file or URL")
     text = "config to use, not the checkpoint's: a file, or the name of a published one"
@@ -22,6 +22,12 @@ def add_detector_arguments(parser: ArgumentParser, batch_size: int = 4) -> None:
     text = f"use this model's published config: {', '.join(MODELS)}"
     add("-m", "--modelname", choices=MODELS, metavar="NAME", help=text)
     add("--ema", action="store_true", help="use the averaged weights (EMA)")
+
+
+def add_detector_arguments(parser: ArgumentParser, batch_size: int = 4) -> None:
+    """The checkpoint, and how it runs."""
+    add_checkpoint_arguments(parser)
+    add = parser.add_argument
     add("--device", default="", help="cpu, cuda, ...; default: a GPU if available")
     text = "compute in half precision: bfloat16, or float16 on a GPU without it"
     add("--half", action="store_true", help=text)
@@ -31,15 +37,20 @@ def add_detector_arguments(parser: ArgumentParser, batch_size: int = 4) -> None:
     add("--batch_size", "--eval_batch_size", type=int, default=batch_size, metavar="N", help=text)
 
 
-def load(args: Namespace) -> Predictor:
-    """The detector that the arguments describe."""
+def load_checkpoint(args: Namespace, **how: Any) -> Predictor:
+    """The detector of the checkpoint arguments; `how` it runs, as in `load_detector`."""
     if not args.checkpoint:
         raise UserError("name a checkpoint, a file or URL")
+    config = MODELS[args.modelname].config if args.modelname else args.config_file
+    return load_detector(args.checkpoint, config, ema=args.ema, **how)
+
+
+def load(args: Namespace) -> Predictor:
+    """The detector that all arguments describe."""
     if args.batch_size < 1:
         raise UserError("batch_size: at least 1")
-    config = MODELS[args.modelname].config if args.modelname else args.config_file
     device = choose_device(args.device)
-    return load_detector(args.checkpoint, config, device, args.ema, args.half, args.compile)
+    return load_checkpoint(args, device=device, half=args.half, compile=args.compile)
 
 
 def read_annotations(predictor: Predictor, images: Path, annotations: Path) -> CocoAnnotations:

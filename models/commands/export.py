@@ -8,13 +8,14 @@ example: images of 640 x 640 in, as bytes; scores, labels and boxes out
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from ..download import local_file
 from ..errors import UserError
-from ..registry import MODELS
+from .common import add_checkpoint_arguments, load_checkpoint, read_annotations
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    add_checkpoint_arguments(parser)
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="FILE", help="checkpoint")
     add("--format", choices=["onnx", "torch"], default="onnx", help="(onnx)")
     add("--output", type=Path, metavar="FILE", help="default: beside the checkpoint")
     add("--opset", type=int, default=18, metavar="N", help="of ONNX, 18 or more (18)")
@@ -23,16 +24,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--size", nargs="+", default=["dynamic"], metavar="H W", help=text)
     text = "take uint8 RGB images, give scores, labels and boxes in pixels"
     add("--with_processing", action="store_true", help=text)
-    add("--coco_path", metavar="DIR", help="data set: compare the AP on its val2017 as well")
-    add("-c", "--config_file", metavar="FILE", help="config to use, not the checkpoint's")
-    text = f"use this model's published config: {', '.join(MODELS)}"
-    add("-m", "--modelname", choices=MODELS, metavar="NAME", help=text)
-    add("--ema", action="store_true", help="use the averaged weights (EMA)")
+    text = "data set: compare the AP on its val2017 as well"
+    add("--coco_path", type=Path, metavar="DIR", help=text)
 
 
 def run(args: Namespace) -> None:
     from ..export import FORMATS, Target, export_detector
-    from ..predictor import load_detector
 
     batch_size = numbers("batch_size", [args.batch_size], 1)
     size = numbers("size", args.size, 2)
@@ -45,12 +42,15 @@ def run(args: Namespace) -> None:
         with_processing=args.with_processing,
         opset=args.opset,
     )
-    output = args.output or args.checkpoint.with_suffix(FORMATS[args.format])
-    if output.resolve() == args.checkpoint.resolve():
+    predictor, checkpoint = load_checkpoint(args), local_file(args.checkpoint)
+    output = args.output or checkpoint.with_suffix(FORMATS[args.format])
+    if output.resolve() == checkpoint.resolve():
         raise UserError(f"output: {output} is the checkpoint itself")
-    config = MODELS[args.modelname].config if args.modelname else args.config_file
-    predictor = load_detector(args.checkpoint, config, ema=args.ema)
-    figures = export_detector(predictor, args.checkpoint, output, target, args.coco_path)
+    dataset = None
+    if args.coco_path:
+        annotations = args.coco_path / "annotations" / "instances_val2017.json"
+        dataset = read_annotations(predictor, args.coco_path / "val2017", annotations)
+    figures = export_detector(predictor, checkpoint, output, target, dataset)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
     print("\n".join(f"  {name:18} {value:.3g}" for name, value in figures.items()))
 
