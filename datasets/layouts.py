@@ -15,12 +15,12 @@ The options train_images, train_annotations, val_images and val_annotations over
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import yaml
-from hotcoco import COCO
 from PIL import ExifTags, Image
 
 from models.errors import UserError
@@ -163,46 +163,53 @@ def displayed_size(path: Path) -> tuple[int, int]:
 
 
 def from_voc(root: Path, split: str) -> Location:
-    """A split of Pascal VOC: the images that ImageSets/Main lists. Its pixels count from 1, and a
-    box includes its last ones; objects marked as difficult become crowds, which do not count."""
+    """A split of Pascal VOC: the images that ImageSets/Main lists."""
     lists = [root / "ImageSets" / "Main" / f"{word}.txt" for word in WORDS[split]]
     listed = next((path for path in lists if path.exists()), None)
     if listed is None:
         raise UserError(f"{lists[0]}: is not there; it lists the images of the split, one per line")
     stems = {line.split()[0] for line in listed.read_text().splitlines() if line.strip()}
-    files = [*root.glob("Annotations/*.xml")]
-
-    def make() -> dict:
-        content = read_voc(root)
-        content["images"] = [i for i in content["images"] if Path(i["file_name"]).stem in stems]
-        ids = {image["id"] for image in content["images"]}
-        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
-        return content
-
+    files = sorted(root.glob("Annotations/*.xml"))
+    make = lambda: read_voc(files, [file for file in files if file.stem in stems])
     return root / "JPEGImages", cached(split, [listed, *files], make)
 
 
 def from_roboflow_voc(root: Path, folder: Path) -> Location:
-    """Images and XML files in one directory for each split. Categories are those of all splits,
-    because each may lack some."""
-    files = [*root.glob("*/*.xml")]
-
-    def make() -> dict:
-        content = read_voc(folder)
-        folders = {path.parent for path in files}
-        rows = [row for f in folders for row in read_voc(f)["categories"]]
-        number = {name: i for i, name in enumerate(sorted({row["name"] for row in rows}), 1)}
-        names = {row["id"]: row["name"] for row in content["categories"]}
-        for annotation in content["annotations"]:
-            annotation["category_id"] = number[names[annotation["category_id"]]]
-        return content | {"categories": [{"id": i, "name": name} for name, i in number.items()]}
-
+    """Images and XML files in one directory for each split."""
+    files = sorted(root.glob("*/*.xml"))
+    make = lambda: read_voc(files, [file for file in files if file.parent == folder])
     return folder, cached(folder.name, files, make)
 
 
-def read_voc(folder: Path) -> dict:
-    """COCO's content from the XML files in `folder` or its directory Annotations."""
-    try:
-        return COCO.from_voc(str(folder)).dataset
-    except (ValueError, OSError) as e:
-        raise UserError(f"{folder}: a Pascal VOC file cannot be read: {e}") from e
+def read_voc(files: Sequence[Path], chosen: Sequence[Path]) -> dict:
+    """COCO's content from the `chosen` ones of Pascal VOC's XML files; categories, by name, are
+    those of all files. VOC's pixels count from 1, and a box includes its last ones. Objects marked
+    as difficult become crowds, which do not count. hotcoco's reader stops at an inverted box."""
+    roots, names = {}, set()
+    for file in files:
+        try:
+            roots[file] = ElementTree.parse(file).getroot()
+        except ElementTree.ParseError as e:
+            raise UserError(f"{file}: is not XML ({e}); replace or remove it") from e
+        names |= {str(item.findtext("name")) for item in roots[file].iterfind("object")}
+    number = {name: i for i, name in enumerate(sorted(names), 1)}
+    content: dict[str, list] = {"images": [], "annotations": []}
+    content["categories"] = [{"id": i, "name": name} for name, i in number.items()]
+    for image_id, file in enumerate(chosen, 1):
+        try:
+            width, height = (int(roots[file].findtext(f"size/{k}")) for k in ("width", "height"))
+            name = roots[file].findtext("filename") or f"{file.stem}.jpg"
+            row = {"id": image_id, "file_name": name, "width": width, "height": height}
+            content["images"].append(row)
+            for item in roots[file].iterfind("object"):
+                corners = "xmin", "ymin", "xmax", "ymax"
+                x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{k}")) for k in corners)
+                bbox = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]
+                ids = {"id": len(content["annotations"]) + 1, "image_id": image_id}
+                crowd = int(item.findtext("difficult") == "1")
+                extent = {"bbox": bbox, "area": bbox[2] * bbox[3], "iscrowd": crowd}
+                category = number[str(item.findtext("name"))]
+                content["annotations"].append({**ids, "category_id": category, **extent})
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{file}: a size or a corner of a box is missing or no number") from e
+    return content
