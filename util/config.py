@@ -225,6 +225,9 @@ class RunOptions:
         "for each decoder layer, log the matching instability (queries per validation image "
         "matched to a different object than an epoch before) and the anchor-to-object distance",
     )
+    check_data: bool = option(
+        False, "train nothing; say what is in the data set, and write data.html to --output_dir"
+    )
     debug: bool = option(False, "smoke test: only a few steps per epoch")
 
 
