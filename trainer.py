@@ -216,7 +216,8 @@ def check_only(cfg: Config) -> None:
     train_set = build_dataset(cfg, "train")
     check_queries(train_set, cfg)
     build_loader(train_set, cfg, train=True)
-    check_data(train_set, build_dataset(cfg, "val", train_set.class_map), cfg)
+    val_set = build_dataset(cfg, "val", train_set.class_map)
+    on_rank0(lambda: check_data(train_set, val_set, cfg))
 
 
 def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:

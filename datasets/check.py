@@ -25,8 +25,8 @@ SHOWN = 5  # names in a line of the report
 TINY = 8  # pixels of the shorter side, at the size of evaluation: the finest features' stride
 HUGE = 0.9  # of the image's area
 ALIKE = 3  # of 64 bits may differ between the hashes of images that look alike
-SHEET = (4, 6)  # rows and columns of the contact sheet
-THUMB = 260  # pixels of an image's longer side there
+SHEET = (6, 4)  # rows and columns of the contact sheet
+THUMB = 400  # pixels of an image's longer side there
 
 Report = dict[str, list[str]]  # {title: lines}
 
