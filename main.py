@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from engine import NonFiniteLoss
 from models.errors import UserError
 from models.machine import choose_device
-from trainer import evaluate_only, train
+from trainer import check_only, evaluate_only, train
 from util.config import parse_command_line
 from util.distributed import (
     join_processes,
@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging.getLogger().setLevel(logging.WARNING)
         device = choose_device(cfg.device, local_rank)
         seed_everything(cfg.seed)
-        if cfg.eval or cfg.test:
+        if cfg.check_data:
+            check_only(cfg)
+        elif cfg.eval or cfg.test:
             evaluate_only(cfg, device)
         else:
             train(cfg, device, argv)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from datasets.check import check_data
 from datasets.coco import CocoDetection, build_dataset
 from datasets.loader import build_loader
 from engine import DEBUG_STEPS, NonFiniteLoss, evaluate, train_steps
@@ -208,6 +209,15 @@ def check_queries(dataset: CocoDetection, cfg: Config) -> None:
     if count > queries:
         problem = f"{name} has {count} objects, but the model only {queries} queries"
         raise UserError(f"num_queries: {problem}; use --num_queries {count} or more")
+
+
+def check_only(cfg: Config) -> None:
+    """Say what is in the data set; UserError if training with these options would fail."""
+    train_set = build_dataset(cfg, "train")
+    check_queries(train_set, cfg)
+    build_loader(train_set, cfg, train=True)
+    val_set = build_dataset(cfg, "val", train_set.class_map)
+    on_rank0(lambda: check_data(train_set, val_set, cfg))
 
 
 def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+from datasets.layouts import find_split
 from datasets.transforms import eval_transforms, train_transforms
 from models.class_map import ClassMap
 from models.coco import CocoAnnotations
@@ -113,13 +114,10 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[NestedTensor, list[dict]]
 def build_dataset(
     cfg: Any, split: str, class_map: ClassMap | Callable[[list[dict]], ClassMap] | None = None
 ) -> CocoDetection:
-    """The "train", "val" or "test" split of a data set in COCO 2017's layout at `cfg.coco_path`.
+    """The "train", "val" or "test" split of the data set that `cfg` names, see `layouts`.
     class_map: as in CocoDetection; by default from the categories and `cfg.num_classes`."""
-    if not cfg.coco_path:
-        raise UserError("coco_path is not set: pass the data set's directory with --coco_path")
-    root, train, test = Path(cfg.coco_path), split == "train", split == "test"
-    name = "image_info_test-dev2017" if test else f"instances_{split}2017"
-    paths = root / f"{split}2017", root / "annotations" / f"{name}.json"
+    paths = once_per_node(lambda: {"paths": find_split(cfg, split)})["paths"]
+    train, test = split == "train", split == "test"
     resize = cfg.data_aug_scales, cfg.data_aug_max_size
     crop = cfg.data_aug_scales2_resize, cfg.data_aug_scales2_crop, cfg.fix_size
     transforms = train_transforms(*resize, *crop) if train else eval_transforms(*resize)

@@ -143,9 +143,10 @@ class CocoAnnotations:
 
     def _annotations(
         self, items: list[dict], image_ids: list[int], sizes: np.ndarray, class_map: ClassMap
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Any]:
         """Annotations as arrays: usable objects in the order of their images, from `_offsets` on;
-        for evaluation all valid ones."""
+        for evaluation all valid ones. `ignored`: numbers of boxes that are empty or not finite, and
+        outside the image, and of those that were clipped to it."""
         column = partial(self._field, items, "annotation")
         index_of = {id_: position for position, id_ in enumerate(image_ids)}
         image = column("image_id", _is_in(index_of), "the id of an image in this file")
@@ -173,11 +174,11 @@ class CocoAnnotations:
         arrays["_offsets"] = np.searchsorted(image[usable][inside], starts)
         # Rounding moves many boxes a fraction of a pixel outside: no warning for those.
         moved = np.abs(clipped - xyxy)[inside].max(1, initial=0) > 1
-        counts = (~valid).sum(), (~inside).sum(), moved.sum()
+        counts = [int(chosen.sum()) for chosen in (~valid, ~inside, moved)]
         if any(counts):
             message = "%s: ignored %d empty or non-finite boxes and %d outside the image"
             logger.warning(f"{message}, clipped %d to the image", self.annotation_file, *counts)
-        return arrays
+        return arrays | {"ignored": counts}
 
     def __len__(self) -> int:
         return len(self.image_ids)

@@ -22,6 +22,7 @@ except ImportError:
     simplejpeg = None  # type: ignore[assignment]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+SWAPS_SIDES = (5, 6, 7, 8)  # EXIF orientations
 
 
 def read_image(path: str | Path, size: tuple[float, float] | None = None) -> Tensor:
@@ -47,9 +48,18 @@ def _orientation(image: Image.Image) -> int:
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
+def displayed_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file, rotated to its EXIF orientation; without decoding it."""
+    try:
+        with Image.open(path) as image:
+            return image.size[::-1] if _orientation(image) in SWAPS_SIDES else image.size
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read as an image ({e}); replace or remove it") from e
+
+
 def _from_pil(image: Image.Image, size: tuple[float, float] | None = None) -> Tensor:
     stored, orientation = (image.height, image.width), _orientation(image)
-    swaps_sides = orientation in (5, 6, 7, 8)
+    swaps_sides = orientation in SWAPS_SIDES
     if orientation != 1 and (not swaps_sides or size != stored or stored[0] == stored[1]):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits; PIL would clip at 255

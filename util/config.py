@@ -98,7 +98,11 @@ FIXED = {
 class DataOptions:
     """data"""
 
-    coco_path: str = option("", "data set with the directories train2017, val2017, annotations")
+    coco_path: str = option("", "data set in the layout of COCO 2017, Roboflow, YOLO or Pascal VOC")
+    train_images: str = option("", "directory of training images; needs train_annotations")
+    train_annotations: str = option("", "COCO JSON of training images, instead of coco_path's")
+    val_images: str = option("", "directory of images to evaluate; needs val_annotations")
+    val_annotations: str = option("", "COCO JSON of images to evaluate, instead of coco_path's")
     num_workers: int = option(2, "data-loading workers per process", low=0)
     strict_data: bool = option(False, "stop at unreadable training images instead of skipping them")
     fix_size: bool = option(
@@ -212,6 +216,9 @@ class RunOptions:
         False,
         "for each decoder layer, log the matching instability (queries per validation image "
         "matched to a different object than an epoch before) and the anchor-to-object distance",
+    )
+    check_data: bool = option(
+        False, "train nothing; say what is in the data set, and write data.html to --output_dir"
     )
     debug: bool = option(False, "smoke test: only a few steps per epoch")
 
