@@ -63,7 +63,7 @@ class DABDETR(Detector):
         if self.num_patterns:
             patterns = self.transformer.patterns.weight
             content = content + patterns.repeat_interleave(num_anchors, dim=0)
-        batch_size = len(encoded.memory)
+        batch_size = encoded.memory.shape[0]  # len() would make it a constant of an export
         return Queries(
             content.expand(batch_size, -1, -1), anchors.expand(batch_size, -1, -1), outputs={}
         )
