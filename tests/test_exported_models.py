@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from datasets.toy import CATEGORIES
 from models import build_model, export, load_detector
 from models.backbones import BACKBONES, BackboneSpec, ConvNeXt, Swin, convnext, swin
 from models.build import read_config
@@ -31,7 +32,7 @@ SMALL = {
     "dec_layers": 2,
     "num_queries": 10,
     "num_select": 20,
-    "num_classes": 3,
+    "num_classes": 6,
     "data_aug_scales": [64],
     "data_aug_max_size": 96,
 }
@@ -60,7 +61,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         model, _, _ = build_model(DetectorOptions.of(config))
         for weight in model.parameters():  # heads and offsets start at zero
             weight.data += 0.05 * torch.randn_like(weight)
-        class_map = ClassMap.from_categories([{"id": i, "name": f"c{i}"} for i in (3, 7, 12)])
+        class_map = ClassMap.from_categories([{"id": i, "name": f"c{i}"} for i in CATEGORIES])
         state = {"config": config, "class_map": class_map.state_dict()}
         torch.save(state | {"model": model.state_dict()}, tmp_path / f"{name}.pth")
         return tmp_path / f"{name}.pth"
@@ -128,7 +129,7 @@ def test_any_size_and_batch_with_processing(make, tmp_path: Path, toy: Path, cap
     (entry,) = onnx.load(output).metadata_props
     told = json.loads(entry.value)
     assert entry.key == "dn_dino.json" and told["checkpoint"] == "dn_dab_detr.pth"
-    assert told["classes"] == [[0, 3, "c3"], [1, 7, "c7"], [2, 12, "c12"]]
+    assert told["classes"] == [[label, i, f"c{i}"] for label, i in enumerate(CATEGORIES)]
     assert told["model"] == "dn_dab_detr" and told["with_processing"] and told["size"] is None
     assert len(told["sha256"]) == 64 and told["mean"][0] == 0.485
 
@@ -177,7 +178,7 @@ def test_errors(make, tmp_path: Path, capsys, monkeypatch):
         export_detector(predictor, path, tmp_path / "x.onnx", Target(with_processing=True))
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert main(["export", path]) == 2
-    assert "onnx: is not installed; pip install dn_dino[export]" in capsys.readouterr().err
+    assert "this needs the package onnx: pip install dn_dino[export]" in capsys.readouterr().err
 
 
 def test_a_choice_of_topk_is_made_again():

@@ -27,7 +27,7 @@ class TimmModel(Backbone):
         super().__init__()
         name = options.backbone.removeprefix(PREFIX)
         body = create_body(name, [level - 5 for level in levels], options.dilation)
-        self.num_channels = body.feature_info.channels()
+        self.num_channels, self.strides = body.feature_info.channels(), body.feature_info.reduction()
         self.body = NORMS[options.batch_norm_type](body)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
@@ -37,9 +37,10 @@ class TimmModel(Backbone):
         maps = self.body(padded)
         if getattr(self.body, "output_fmt", None) == Format.NHWC:
             maps = [x.permute(0, 3, 1, 2) for x in maps]
-        rows = [-(-height * x.shape[-2] // padded.shape[-2]) for x in maps]
-        columns = [-(-width * x.shape[-1] // padded.shape[-1]) for x in maps]
-        return [x[..., :m, :n] for x, m, n in zip(maps, rows, columns, strict=True)]
+        # In positive numbers, as ONNX rounds quotients towards zero.
+        up = lambda side, stride: (side + stride - 1) // stride
+        sizes = [(up(height, stride), up(width, stride)) for stride in self.strides]
+        return [x[..., :m, :n] for x, (m, n) in zip(maps, sizes, strict=True)]
 
 
 def create_body(name: str, out_indices: list[int], dilation: bool) -> Any:
