@@ -27,7 +27,8 @@ class TimmModel(Backbone):
         super().__init__()
         name = options.backbone.removeprefix(PREFIX)
         body = create_body(name, [level - 5 for level in levels], options.dilation)
-        self.num_channels, self.strides = body.feature_info.channels(), body.feature_info.reduction()
+        self.num_channels = body.feature_info.channels()
+        self.strides = body.feature_info.reduction()
         self.body = NORMS[options.batch_norm_type](body)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
