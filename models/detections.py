@@ -64,6 +64,8 @@ class Detections:
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
+    __iter__ = None  # neither over keys nor over objects
+
     def keys(self) -> tuple[str, ...]:
         return "boxes", "labels", "scores"
 

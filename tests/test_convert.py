@@ -605,7 +605,7 @@ class TestOwn:
         expected, found = load_detector(trained, ema=True), load_detector(output)
         image = torch.randint(0, 255, (3, 50, 64), dtype=torch.uint8)
         for a, b in zip(*(d.predict([image], 0.0) for d in (expected, found)), strict=True):
-            assert all(torch.equal(a[key], b[key]) for key in a)
+            assert all(torch.equal(a[key], b[key]) for key in ("boxes", "scores", "labels"))
         assert found.class_map == expected.class_map and found.size == expected.size == 64
         # Heads that are shared are stored once.
         assert len(load_file(output)) < len(read_checkpoint(trained)["model"])
