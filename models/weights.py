@@ -168,11 +168,12 @@ def _find_state_dict(checkpoint: Mapping, source: str) -> Mapping[str, Tensor]:
     return state
 
 
-def num_classes_of(checkpoint: Mapping) -> int | None:
-    """The number of labels of the detector in a checkpoint: the rows of its class head."""
+def num_classes_of(checkpoint: Mapping, class_loss: str) -> int | None:
+    """The number of labels of the detector in a checkpoint: the rows of its class head, of which
+    with `class_loss` "softmax" the last is no label's."""
     for name, tensor in _find_state_dict(checkpoint, "the checkpoint").items():
         if re.search(r"(^|\.)class_embed\.(0\.)?weight$", name):
-            return len(tensor)
+            return len(tensor) - int(class_loss == "softmax")
     return None
 
 
