@@ -80,10 +80,10 @@ class DenseDetector(Detector):
 
     @classmethod
     def check(cls, options: DetectorOptions) -> None:
-        super().check(options)
         if options.query_selection != "static" or options.look_forward_twice:
             name = options.modelname
             raise UserError(f"query_selection, look_forward_twice: {name} has neither; use dino")
+        super().check(options)
 
     def encode(self, images: NestedTensor) -> Encoded:
         features = self.backbone[0](images)
