@@ -42,9 +42,8 @@ class Trainer:
         self.stop = stop
         source = on_rank0(lambda: find_resume(cfg, training=True))
         checkpoint = read_checkpoint(source) if source else None
-        train_set = build_dataset(
-            cfg, "train", class_map_of(checkpoint, cfg) if checkpoint else None
-        )
+        class_map = class_map_of(checkpoint, cfg) if checkpoint else None
+        train_set = build_dataset(cfg, "train", class_map)
         check_queries(train_set, cfg)
         val_set = build_dataset(cfg, "val", train_set.class_map)
         self.val_loader = build_loader(val_set, cfg, train=False)

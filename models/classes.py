@@ -39,8 +39,7 @@ class SigmoidClasses:
 
 class SoftmaxClasses:
     """C + 1 logits, of the classes and, last, of no object (DETR, Carion et al. 2020, section 3.1),
-    trained by the cross-entropy, in which queries without object have a weight of their own.
-    """
+    trained by the cross-entropy, in which a query without object has the given weight."""
 
     is_mean = True
 
@@ -52,7 +51,7 @@ class SoftmaxClasses:
         log_p, weight = assignment.pred_logits.float().log_softmax(-1), self.no_object_weight
         of_none, supervised = log_p[..., -1], assignment.supervised
         supervised = torch.ones_like(of_none[0]) if supervised is None else supervised.float()
-        # No query has an object, except for those that are assigned one.
+        # All queries are without object, except for those that are assigned one.
         index = layers_of(log_p), *assignment.to_label
         labelled = log_p[(*index, assignment.labels)]
         found = torch.ones_like(labelled) if assignment.found is None else assignment.found
