@@ -27,11 +27,11 @@ RATES = ("lr", "lr_backbone", "lr_linear_proj_mult", "weight_decay")  # fixed fo
 DROPS = ("multi_step_lr", "lr_drop", "lr_drop_list")  # fixed unless override_resumed_lr_drop
 
 
-def class_map_of(checkpoint: dict) -> ClassMap | Callable | None:
+def class_map_of(checkpoint: dict, cfg: Config) -> ClassMap | Callable | None:
     """The labels that a checkpoint was trained with, as `build_dataset` takes them."""
     if "class_map" in checkpoint:
         return ClassMap.from_state_dict(checkpoint["class_map"])
-    num_classes = num_classes_of(checkpoint)
+    num_classes = num_classes_of(checkpoint, cfg.class_loss)
     # Without a class head it is not a detector's; loading its weights will report that.
     return partial(ClassMap.of_released, num_classes=num_classes) if num_classes else None
 

@@ -45,7 +45,8 @@ class Trainer:
         self.stop = stop
         source = on_rank0(lambda: find_resume(cfg, training=True))
         checkpoint = read_checkpoint(source) if source else None
-        train_set = build_dataset(cfg, "train", class_map_of(checkpoint) if checkpoint else None)
+        class_map = class_map_of(checkpoint, cfg) if checkpoint else None
+        train_set = build_dataset(cfg, "train", class_map)
         check_queries(train_set, cfg)
         val_set = build_dataset(cfg, "val", train_set.class_map)
         self.val_loader = build_loader(val_set, cfg, train=False)
@@ -242,7 +243,7 @@ def evaluate_only(cfg: Config, device: torch.device) -> None:
     output_dir = on_rank0(lambda: prepare_output_dir(cfg))
     if cfg.test and output_dir is None:
         raise UserError("output_dir: --test needs it for its detections")
-    dataset = build_dataset(cfg, "test" if cfg.test else "val", class_map_of(checkpoint))
+    dataset = build_dataset(cfg, "test" if cfg.test else "val", class_map_of(checkpoint, cfg))
     cfg = dataclasses.replace(cfg, num_classes=dataset.class_map.num_classes)
     model, criterion, postprocess = build_model(cfg)
     state = TrainState(cfg, model.to(device), dataset.class_map)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .backbones import build_backbone
+from .classes import classes_of
 from .criterion import SetCriterion, loss_weights, standard_terms
 from .detector import Detector
 from .errors import UserError, nearest
@@ -55,11 +56,10 @@ def build_model(
     options = DetectorOptions.of(vars(options), **overrides)
     check_options(options)
     model = find_model(options.modelname).detector(options, build_backbone(options))
-    terms = standard_terms(options)
-    matcher = HungarianMatcher(
-        options.set_cost_class, options.set_cost_bbox, options.set_cost_giou, options.focal_alpha
-    )
+    classes, terms = classes_of(options), standard_terms(options)
+    costs = options.set_cost_class, options.set_cost_bbox, options.set_cost_giou
+    matcher = HungarianMatcher(*costs, classes)
     token_suffix = "" if options.query_selection == "static" else model.token_losses
     weights = loss_weights(options, terms, options.dec_layers, options.use_dn, token_suffix)
-    criterion = SetCriterion(matcher, terms, weights, options.dn_num_boxes)
-    return model, criterion, PostProcess(options.num_select, options.nms_iou_threshold)
+    criterion = SetCriterion(matcher, terms, weights, options.dn_num_boxes, classes)
+    return model, criterion, PostProcess(options.num_select, options.nms_iou_threshold, classes)

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .classes import Classes, SigmoidClasses, classes_of
 from .detector import LayerOutputs, Outputs
-from .dn_components import Assignment, by_layer, focal_loss, giou_loss, image_of_targets, l1_loss
+from .dn_components import Assignment, by_layer, giou_loss, image_of_targets, l1_loss
 from .matcher import HungarianMatcher
 from .options import LossOptions
 
@@ -28,21 +28,23 @@ class Matching(Assignment):
 @dataclass(frozen=True)
 class LossTerm:
     """A loss: its name in `weight_dict`, the option with its weight, the function that computes it
-    from an assignment, (L,), not yet divided by the number of objects, and the parts it applies to:
-    the decoder's matching queries, the tokens that queries are selected from, denoising queries.
-    A part other than denoising gives a `Matching`.
+    from an assignment, (L,), and the parts it applies to: the decoder's matching queries, the
+    tokens that queries are selected from, denoising queries. A part other than denoising gives a
+    `Matching`. Unless it `is_mean`, the loss is then divided by the number of objects.
     """
 
     name: str
     weight_option: str
     compute: Callable[[Any], Tensor]
     parts: tuple[str, ...] = ("decoder", "tokens", "denoising")
+    is_mean: bool = False
 
 
 def standard_terms(options: LossOptions) -> list[LossTerm]:
     """The losses of all published models."""
+    classes = classes_of(options)
     return [
-        LossTerm("loss_ce", "cls_loss_coef", partial(focal_loss, alpha=options.focal_alpha)),
+        LossTerm("loss_ce", "cls_loss_coef", classes.loss, is_mean=classes.is_mean),
         LossTerm("loss_bbox", "bbox_loss_coef", l1_loss),
         LossTerm("loss_giou", "giou_loss_coef", giou_loss),
     ]
@@ -58,6 +60,7 @@ class SetCriterion(nn.Module):
             or `_enc` for the encoder's tokens that queries are selected from.
         dn_num_boxes: "mean" divides the denoising losses like the others, "process" by the number
             of objects in this process.
+        classes: the meaning of the logits, for `cardinality_error`.
     """
 
     def __init__(
@@ -66,8 +69,10 @@ class SetCriterion(nn.Module):
         terms: Sequence[LossTerm],
         weight_dict: dict[str, float],
         dn_num_boxes: str = "process",
+        classes: Classes | None = None,
     ):
         super().__init__()
+        self.classes = classes or SigmoidClasses()
         self.matcher, self.terms, self.weight_dict = matcher, list(terms), weight_dict
         self.dn_num_boxes = dn_num_boxes
 
@@ -96,7 +101,7 @@ class SetCriterion(nn.Module):
         matchings = self.assign([part[2:] for part in parts])
         for (part, suffix, *_), matching in zip(parts, matchings, strict=True):
             losses |= self.losses(matching, part, num_boxes, suffix)
-        losses |= reading_figures(matchings[0])
+        losses |= reading_figures(matchings[0], self.classes)
         if dn := outputs.get("dn"):
             sizes = {"dn_groups": dn.num_groups, "dn_queries": dn.num_queries}
             losses |= {k: torch.full_like(losses["loss_ce"], n) for k, n in sizes.items()}
@@ -124,7 +129,8 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """{loss name: scalar} of the terms that apply to `part`."""
         terms = [term for term in self.terms if part in term.parts]
-        return by_layer({t.name + suffix: t.compute(assignment) / num_boxes for t in terms})
+        divided = lambda t: t.compute(assignment) / (1 if t.is_mean else num_boxes)
+        return by_layer({t.name + suffix: divided(t) for t in terms})
 
 
 def stack_layers(layers: Sequence[LayerOutputs]) -> tuple[Tensor, Tensor]:
@@ -134,12 +140,12 @@ def stack_layers(layers: Sequence[LayerOutputs]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def reading_figures(matching: Matching) -> dict[str, Tensor]:
+def reading_figures(matching: Matching, classes: Classes) -> dict[str, Tensor]:
     """`class_error` and `cardinality_error`; see `SetCriterion`."""
     logits, labels = matching.pred_logits[-1], matching.labels
     image, query = matching.to_label
     hit = logits[image, query[-1]].argmax(-1) == labels
-    confident = (logits.sigmoid().amax(-1) > 0.5).sum(1)
+    confident = classes.finds_object(logits).sum(1)
     counts = torch.tensor([len(t["labels"]) for t in matching.targets])
     excess = confident - counts.to(confident.device, non_blocking=True)
     return {

@@ -3,25 +3,17 @@
 from torch import Tensor, nn
 
 from .backbones import Backbone
-from .detector import Detector, Encoded, Queries
+from .detector import Encoded, Queries
+from .detr import DenseDetector
 from .dn_components import with_indicator
-from .errors import UserError
 from .heads import box_head, class_head, spread_centres
-from .nested_tensor import NestedTensor
 from .options import DetectorOptions
 from .position_encoding import SinePositionEncoding
-from .transformer import Decoded, Decoder, Encoder, Tokens, Transformer
+from .transformer import Decoded, Decoder, Encoder, Transformer
 
 
-class DABDETR(Detector):
+class DABDETR(DenseDetector):
     """Learned anchors as queries, refined layer by layer; the content starts at zero."""
-
-    @classmethod
-    def check(cls, options: DetectorOptions) -> None:
-        super().check(options)
-        if options.query_selection != "static" or options.look_forward_twice:
-            name = options.modelname
-            raise UserError(f"query_selection, look_forward_twice: {name} has neither; use dino")
 
     def __init__(self, options: DetectorOptions, backbone: Backbone):
         super().__init__(options, backbone)
@@ -42,14 +34,6 @@ class DABDETR(Detector):
         """The projection of the backbone's channels to the transformer's width, and that."""
         input_proj = nn.Conv2d(self.num_channels[-1], options.hidden_dim, kernel_size=1)
         return input_proj, Transformer(Encoder(options), Decoder(options))
-
-    def encode(self, images: NestedTensor) -> Encoded:
-        features = self.backbone[0](images)
-        last = features[-1]
-        pos = self.backbone[1](last.mask).flatten(1, 2)
-        content = self.input_proj(last.tensors).flatten(2).transpose(1, 2)
-        tokens = Tokens(content, pos.to(content.dtype), last.mask.flatten(1))
-        return Encoded(features, self.transformer.encoder(tokens), tokens)
 
     def initial_content(self) -> Tensor:
         """The queries' content (1, D) before patterns are added."""
@@ -74,9 +58,6 @@ class DABDETR(Detector):
         tokens = encoded.tokens
         memory = encoded.memory, tokens.pos, tokens.mask
         return self.transformer.decoder(content, anchors, blocked, *memory)
-
-    def classify(self, states: Tensor) -> Tensor:
-        return self.class_embed(states)
 
 
 class DNDETR(DABDETR):

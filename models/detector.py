@@ -54,7 +54,7 @@ class Outputs(LayerOutputs, total=False):
 
     aux_outputs: list[LayerOutputs]  # of every layer but the last
     states: Tensor  # (L, B, Q, D) decoder states, from which the heads predict
-    anchors: Tensor  # (L, B, Q, 4) the boxes that the layers refine, cxcywh in [0, 1]
+    anchors: Tensor  # (L, B, Q, 4) the boxes that the layers refine, if any, cxcywh in [0, 1]
     encoded: Encoded
     interm_outputs: LayerOutputs  # of the selected tokens (DINO)
     enc_outputs: LayerOutputs  # of all tokens (other models with query selection)
@@ -89,6 +89,9 @@ class Detector(nn.Module):
         if options.use_dn and not cls.has_denoising:
             name = options.modelname
             raise UserError(f"use_dn: {name} has no denoising part; use -m dn_{name}")
+        if options.class_loss == "softmax" and options.query_selection != "static":
+            reason = "there are no scores to select tokens by"
+            raise UserError(f"class_loss: with softmax {reason}; use static query_selection")
 
     def make_denoising(self, options: DetectorOptions) -> Callable:
         """`prepare_for_dn`, or the contrastive `prepare_for_cdn`, with the noise of the options."""
@@ -156,7 +159,8 @@ class Detector(nn.Module):
             **layers[-1],
             "aux_outputs": layers[:-1],
             "states": decoded.states[:, :, matching],
-            "anchors": decoded.anchors[:, :, matching],
             "encoded": encoded,
         }
+        if decoded.anchors is not None:
+            outputs["anchors"] = decoded.anchors[:, :, matching]
         return cast(Outputs, outputs if dn is None else outputs | {"dn": dn})

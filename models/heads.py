@@ -11,7 +11,10 @@ from .options import DetectorOptions
 
 
 def class_head(options: DetectorOptions) -> nn.Linear:
-    """A linear classifier that initially gives every class a probability of 0.01."""
+    """A linear classifier; for the focal loss it initially gives every class a probability of 0.01.
+    For the softmax it has one more output, for no object, and PyTorch's initial values."""
+    if options.class_loss == "softmax":
+        return nn.Linear(options.hidden_dim, options.num_labels + 1)
     head = nn.Linear(options.hidden_dim, options.num_labels)
     nn.init.constant_(head.bias, -math.log(99))
     return head

@@ -7,7 +7,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from .dn_components import focal_term, generalized_box_iou, image_of_targets
+from .classes import Classes
+from .dn_components import generalized_box_iou, image_of_targets
 
 Problem = tuple[Tensor, Tensor, Sequence[dict[str, Tensor]]]
 
@@ -15,14 +16,14 @@ Problem = tuple[Tensor, Tensor, Sequence[dict[str, Tensor]]]
 class HungarianMatcher:
     """Matches predictions to the targets of their image.
 
-    The cost is the weighted sum of the focal term (positive minus negative), the L1 distance and
-    the negated GIoU. Only pairs within an image are computed, on the predictions' device.
+    The cost is the weighted sum of the classification cost of `classes`, the L1 distance and the
+    negated GIoU. Only pairs within an image are computed, on the predictions' device.
     Non-finite predictions are the last to be matched.
     """
 
-    def __init__(self, cost_class: float, cost_bbox: float, cost_giou: float, focal_alpha: float):
+    def __init__(self, cost_class: float, cost_bbox: float, cost_giou: float, classes: Classes):
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
-        self.focal_alpha = focal_alpha
+        self.classes = classes
 
     def __call__(
         self, logits: Tensor, boxes: Tensor, targets: Sequence[dict[str, Tensor]]
@@ -53,12 +54,10 @@ class HungarianMatcher:
         """The finite costs (L, N, Q) of all pairs of a target and a query of its image."""
         labels, target_boxes = (torch.cat([t[k] for t in targets]) for k in ("labels", "boxes"))
         image = image_of_targets(targets)
-        logits = logits[:, image, :, labels].transpose(0, 1).float()
-        alpha = self.focal_alpha
         pairs = boxes[:, image].float(), target_boxes.float()[:, None]
         corners = (box_convert(b, "cxcywh", "xyxy") for b in pairs)
         cost = (
-            self.cost_class * (focal_term(-logits, alpha) - focal_term(logits, 1 - alpha))
+            self.cost_class * self.classes.cost(logits, image, labels)
             + self.cost_bbox * (pairs[0] - pairs[1]).abs().sum(-1)
             - self.cost_giou * generalized_box_iou(*corners)
         )

@@ -138,10 +138,17 @@ class LossOptions:
     set_cost_class: float = option(2.0, "weight of the classification cost in matching", low=0)
     set_cost_bbox: float = option(5.0, "weight of the L1 cost in matching", low=0)
     set_cost_giou: float = option(2.0, "weight of the GIoU cost in matching", low=0)
-    cls_loss_coef: float = option(1.0, "weight of the focal loss", low=0)
+    cls_loss_coef: float = option(1.0, "weight of the classification loss", low=0)
     bbox_loss_coef: float = option(5.0, "weight of the L1 loss", low=0)
     giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0)
+    class_loss: str = option(
+        "focal",
+        "classification: focal, each class by itself; softmax, one class or none per query, as in "
+        "DETR",
+        choices=["focal", "softmax"],
+    )
     focal_alpha: float = option(0.25, "alpha of the focal loss", low=0, high=1)
+    eos_coef: float = option(0.1, "softmax: weight of queries without object in the loss", low=0)
     aux_loss: bool = option(True, "losses for every decoder layer, not just the last")
     interm_loss_coef: float = option(
         1.0, "weight of the losses for the encoder tokens selected as queries", low=0

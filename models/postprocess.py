@@ -4,13 +4,16 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert, nms
 
+from .classes import Classes
+
 
 class PostProcess(nn.Module):
-    """Keeps the `num_select` best of all (query, class) pairs by the class's sigmoid score; with
-    `nms_iou_threshold` above 0, these go through non-maximum suppression over all classes."""
+    """Keeps the `num_select` best by the scores of `classes`; with `nms_iou_threshold` above 0,
+    these go through non-maximum suppression over all classes."""
 
-    def __init__(self, num_select: int, nms_iou_threshold: float = -1):
+    def __init__(self, num_select: int, nms_iou_threshold: float, classes: Classes):
         super().__init__()
+        self.classes = classes
         self.num_select, self.nms_iou_threshold = num_select, nms_iou_threshold
 
     def forward(self, outputs: dict[str, Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
@@ -31,10 +34,7 @@ class PostProcess(nn.Module):
     def select(self, outputs: dict[str, Tensor], sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores (B, k), labels (B, k) and boxes (B, k, 4), before suppression."""
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
-        num_classes = logits.shape[-1]
-        scores = logits.sigmoid().flatten(1)
-        scores, index = scores.topk(min(self.num_select, scores.shape[1]), dim=1)
-        query, labels = index // num_classes, index % num_classes
+        scores, query, labels = self.classes.best(logits, self.num_select)
         boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4))
         height, width = sizes.to(boxes).unbind(1)
         return scores, labels, boxes * torch.stack([width, height, width, height], dim=1)[:, None]

@@ -147,7 +147,9 @@ def load_detector(
     values = checkpoint["config"] if config is None else config
     values = read_config(values) if isinstance(values, str | Path) else values
     if labels_are_ids := "class_map" not in checkpoint:
-        count = num_classes_of(checkpoint) or 1  # if it has no class head, loading will fail
+        class_loss = values.get("class_loss", DetectorOptions.class_loss)
+        # If there is no class head, loading will fail.
+        count = num_classes_of(checkpoint, class_loss) or 1
         class_map = ClassMap.identity([{"id": i} for i in range(count)], count)
     else:
         class_map = ClassMap.from_state_dict(checkpoint["class_map"])

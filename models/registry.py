@@ -6,6 +6,7 @@ from .backbones import find_backbone
 from .dab_detr import DABDETR, DNDETR
 from .deformable_detr import DABDeformableDETR, DeformableEncoderDNDETR, DNDeformableDETR
 from .detector import Detector
+from .detr import DETR, DenoisingDETR
 from .dino import DINO, DINOOfDNDETR
 from .errors import UserError, nearest
 from .options import DetectorOptions
@@ -21,6 +22,8 @@ class ModelSpec(NamedTuple):
 _ENCODER_ONLY = "dn_dab_deformable_detr_deformable_encoder_only"
 
 MODELS = {
+    "detr": ModelSpec(DETR, "detr_r50"),
+    "dn_detr": ModelSpec(DenoisingDETR, "dn_detr_r50"),
     "dab_detr": ModelSpec(DABDETR, "dab_detr_r50"),
     "dn_dab_detr": ModelSpec(DNDETR, "dn_dab_detr_r50"),
     "dab_deformable_detr": ModelSpec(DABDeformableDETR, "dab_deformable_detr_r50"),

@@ -35,11 +35,11 @@ class Tokens(NamedTuple):
 
 class Decoded(NamedTuple):
     """Outputs of the L layers of a decoder: states (L, B, Q, D), predicted boxes (L, B, Q, 4), and
-    the anchors (L, B, Q, 4) that they refine, detached, both cxcywh in [0, 1]."""
+    the anchors (L, B, Q, 4) that they refine, if any, detached, both cxcywh in [0, 1]."""
 
     states: Tensor
     boxes: Tensor
-    anchors: Tensor
+    anchors: Tensor | None
 
 
 class EncoderLayer(FeedForward):
@@ -56,12 +56,14 @@ class EncoderLayer(FeedForward):
 
 
 class Encoder(nn.Module):
-    """Self-attention over pixels; every layer scales the position encoding by the content."""
+    """Self-attention over pixels; with `scale_positions`, every layer scales the position encoding
+    by the content."""
 
-    def __init__(self, options: ModelOptions):
+    def __init__(self, options: ModelOptions, scale_positions: bool = True):
         super().__init__()
+        dim = options.hidden_dim
         self.layers = nn.ModuleList(EncoderLayer(options) for _ in range(options.enc_layers))
-        self.query_scale = MLP(options.hidden_dim, options.hidden_dim, options.hidden_dim, 2)
+        self.query_scale = MLP(dim, dim, dim, 2) if scale_positions else None
         self.recompute = options.use_checkpoint
 
     def forward(self, tokens: Tokens) -> Tensor:
@@ -69,7 +71,8 @@ class Encoder(nn.Module):
         x = tokens.content
         mask = additive_mask(tokens.mask[:, None, None], x)
         for layer in self.layers:
-            x = run(layer, self.recompute, x, tokens.pos * self.query_scale(x), mask)
+            pos = tokens.pos if self.query_scale is None else tokens.pos * self.query_scale(x)
+            x = run(layer, self.recompute, x, pos, mask)
         return x
 
 

@@ -240,11 +240,12 @@ def state_dict_of(checkpoint: Mapping, source: str) -> Mapping[str, Tensor]:
     return _without_prefix(state)
 
 
-def num_classes_of(checkpoint: Mapping) -> int | None:
-    """The number of labels of the detector in a checkpoint: the rows of its class head."""
+def num_classes_of(checkpoint: Mapping, class_loss: str = "focal") -> int | None:
+    """The number of labels of the detector in a checkpoint: the rows of its class head, of which
+    with `class_loss` "softmax" the last is no label's."""
     for name, tensor in state_dict_of(checkpoint, "the checkpoint").items():
         if re.search(r"(^|\.)class_embed\.(0\.)?weight$", name):
-            return len(tensor)
+            return len(tensor) - int(class_loss == "softmax")
     return None
 
 

@@ -15,6 +15,7 @@ from datasets.toy import make_toy_coco
 from main import main
 from models.backbones import build_backbone, convnext
 from models.dab_detr import DABDETR
+from models.detr import DETR
 from models.errors import UserError
 from models.nested_tensor import nested_tensor_from_tensor_list
 from models.registry import MODELS
@@ -33,7 +34,8 @@ TINY = [
 # Two steps each, as DDP reports missing gradients only at the next.
 ALL = ["--dec_layers 1", "--use_ema --eval_batch_size 2", "--accumulate 2 --batch_size 1", "--amp"]
 ALL += ["--aux_loss FALSE", "--hidden_dim 48", "--optimizer muon"]
-DENSE = ["--num_patterns 2", "--random_refpoints_xy"]
+CLASSES = ["--class_loss focal", "--class_loss softmax --eos_coef 0.2"]
+DENSE = ["--num_patterns 2", "--random_refpoints_xy", *CLASSES]
 DEFORMABLE = ["--query_selection static", "--query_selection pure", "--query_selection mixed"]
 DEFORMABLE += ["--look_forward_twice", "--look_forward_twice FALSE"]
 DEFORMABLE += ["--query_selection static --random_refpoints_xy"]
@@ -43,11 +45,13 @@ DENOISING += ["--dn_label_noise_ratio 0 --dn_box_noise_scale 0"]
 DENOISING += ["--dn_num_boxes mean", "--dn_num_boxes process", *WITHOUT_DENOISING]
 
 DENSE_MODELS = [name for name, spec in MODELS.items() if issubclass(spec.detector, DABDETR)]
+DETR_MODELS = [name for name, spec in MODELS.items() if issubclass(spec.detector, DETR)]
 PLAIN_MODELS = [name for name, spec in MODELS.items() if not spec.detector.has_denoising]
 
 
 def ablations(model: str) -> list[str]:
     decoder = DENSE if model in DENSE_MODELS else DEFORMABLE
+    decoder = CLASSES if model in DETR_MODELS else decoder
     return ALL + decoder + ([] if model in PLAIN_MODELS else DENOISING)
 
 
@@ -97,9 +101,11 @@ def test_ablations_train_in_two_processes(model: str, pair: Pair, data: Path, tm
 def test_unsupported_options_are_rejected(model: str):
     """In one line. (`-m dab_deformable_detr --use_dn` selects the model with denoising.)"""
     rejected = ["--num_patterns 2", "--query_selection pure --random_refpoints_xy"]
-    if model in DENSE_MODELS:
+    if model in DENSE_MODELS + DETR_MODELS:
         rejected = ["--query_selection pure", "--query_selection mixed", "--look_forward_twice"]
-    if model == "dab_detr":
+    if model in DETR_MODELS:
+        rejected += ["--num_patterns 2", "--random_refpoints_xy"]
+    if model in ("dab_detr", "detr"):
         rejected.append("--use_dn")
     for options in rejected:
         name = options.split("--")[-1].split()[0]

@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.ops import box_convert
 from torchvision.ops import generalized_box_iou as torchvision_giou
 
+from models.classes import SigmoidClasses
 from models.criterion import LossTerm, SetCriterion, loss_weights, standard_terms
 from models.dn_components import (
     compute_dn_loss,
@@ -20,7 +21,7 @@ from models.options import LossOptions
 from util.matching_log import MatchingLog
 
 L, B, Q, C = 3, 2, 5, 4
-MATCHER = HungarianMatcher(2, 5, 2, 0.25)
+MATCHER = HungarianMatcher(2, 5, 2, SigmoidClasses(0.25))
 TERMS = standard_terms(LossOptions())
 
 

@@ -1,4 +1,4 @@
-"""From random weights, DN-DETR overfits eight images."""
+"""From random weights, detectors overfit eight images."""
 
 from pathlib import Path
 
@@ -18,11 +18,12 @@ ROUNDS, STEPS = 8, 100
 
 
 @pytest.mark.slow
-def test_overfits_eight_images(tmp_path: Path):
+@pytest.mark.parametrize("name", ["dn_dab_detr", "dn_detr"])
+def test_overfits_eight_images(name: str, tmp_path: Path):
     # The validation split, as its images are not augmented.
     root = make_toy_coco(tmp_path, num_train=0, num_val=8, size=96)
     cfg = load_config(
-        "configs/toy/dn_dab_detr.py",
+        f"configs/toy/{name}.py",
         {"coco_path": str(root), "num_classes": 6, "batch_size": 8, "data_aug_scales": [96]}
         | {"epochs": ROUNDS, "onecyclelr": True},
     )

@@ -225,7 +225,7 @@ def test_frozen_statistics_do_not_change():
 
 
 @pytest.mark.parametrize("counts", [(2, 3), (0, 0), (0, 4), (15, 1)])
-@pytest.mark.parametrize("config", ["dab_detr_r50", "dn_dab_detr_r50"])
+@pytest.mark.parametrize("config", ["dab_detr_r50", "dn_dab_detr_r50", "detr_r50", "dn_detr_r50"])
 def test_every_parameter_gets_a_gradient(config: str, counts: tuple[int, ...]):
     """As DDP requires, also without objects and with more objects than queries."""
     model, criterion, _ = small_model(config, pretrained_backbone=False)
@@ -240,9 +240,10 @@ def test_every_parameter_gets_a_gradient(config: str, counts: tuple[int, ...]):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_denoising_does_not_affect_the_matching_part():
+@pytest.mark.parametrize("config", ["dn_dab_detr_r50", "dn_detr_r50"])
+def test_denoising_does_not_affect_the_matching_part(config: str):
     """Matching queries get the same predictions in training with denoising as in inference."""
-    model, _, _ = small_model(dropout=0.0)
+    model, _, _ = small_model(config, dropout=0.0)
     images, targets = [torch.randn(3, 64, 96)] * 2, make_targets(3, 1)
     model.train()
     with torch.no_grad():
@@ -313,6 +314,7 @@ def test_postprocess_with_nms():
     [
         "dab_detr_r50",
         "dn_dab_detr_r50",
+        "dn_detr_r50",
         "dn_dab_deformable_detr_r50",
         "dn_dab_deformable_detr_deformable_encoder_only_r50_3pat",
         "dn_dab_dino_deformable_detr_r50",

@@ -45,6 +45,22 @@ NAMES = [
     (r"(encoder\.layers\.\d+)\.linear2", r"\1.fc2"),
     (r"(encoder\.layers\.\d+)\.activation\.", r"\1.activation_fn."),
 ]
+DETR_NAMES = [
+    (r"^class_embed\.", "class_labels_classifier."),
+    (r"^bbox_embed\.", "bbox_predictor."),
+    (r"^query_embed\.", "model.query_position_embeddings."),
+    (r"^input_proj\.", "model.input_projection."),
+    (r"^backbone\.0\.body\.", "model.backbone.model."),
+    (r"^transformer\.", "model."),
+    (r"^model\.decoder\.norm\.", "model.decoder.layernorm."),
+    (r"(coder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
+    (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.final_layer_norm."),
+    (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.encoder_attn_layer_norm."),
+    (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.final_layer_norm."),
+    (r"\.linear([12])\.", r".mlp.fc\1."),
+    (r"\.multihead_attn\.", ".encoder_attn."),
+    (r"\.(self|encoder)_attn\.out_proj\.", r".\1_attn.o_proj."),
+]
 DEFORMABLE_NAMES = [
     (r"^input_proj\.", "model.input_proj."),
     (r"^backbone\.0\.body\.", "model.backbone.model."),
@@ -67,7 +83,7 @@ def their_state_dict(
     for name, value in ours.items():
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
-        if "self_attn.in_proj_" in name:
+        if "_attn.in_proj_" in name:
             kind = name.rsplit("_", 1)[1]
             for part, chunk in zip("qkv", value.chunk(3), strict=True):
                 theirs[name.replace(f"in_proj_{kind}", f"{part}_proj.{kind}")] = chunk
@@ -141,6 +157,57 @@ def test_dab_detr_equals_transformers(num_patterns: int):
     close(ours["pred_logits"], other.logits)
     close(ours["pred_boxes"], other.pred_boxes)
     assert ours["pred_boxes"].std() > 0.05, "the comparison would be vacuous"
+
+
+def test_detr_equals_transformers():
+    """Outputs, losses and scores. Without auxiliary losses, with which theirs, unlike the released
+    code, feeds each layer the normalised output of the one before."""
+    torch.manual_seed(0)
+    sizes = {"dim_feedforward": 96, "enc_layers": 2, "dec_layers": 3, "hidden_dim": 64, "nheads": 4}
+    more = {"backbone": "resnet18", "num_queries": 20, "num_classes": 7, "dropout": 0.0}
+    model, criterion, postprocess = build_model("detr_r50", **sizes, **more)
+    randomise(model)
+    their_config = transformers.DetrConfig(
+        backbone="resnet18",
+        d_model=64,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        num_queries=20,
+        num_labels=7,
+        dropout=0.0,
+    )
+    theirs = transformers.DetrForObjectDetection(their_config)
+    report = theirs.load_state_dict(their_state_dict(model.state_dict(), DETR_NAMES), strict=False)
+    assert not report.unexpected_keys
+    assert all("num_batches_tracked" in k for k in report.missing_keys)
+
+    images = padded_images((96, 128), (128, 96))
+    boxes = 0.2 + 0.3 * torch.rand(5, 4)
+    targets = [
+        {"labels": torch.tensor([1, 6, 0]), "boxes": boxes[:3]},
+        {"labels": torch.tensor([2, 2]), "boxes": boxes[3:]},
+    ]
+    labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
+    model.eval(), theirs.eval()
+    with torch.no_grad():
+        ours = model(images)
+        losses = criterion(ours, targets)
+        their_inputs = {"pixel_values": images.tensors, "pixel_mask": (~images.mask).long()}
+        other = theirs(**their_inputs, labels=labels)
+    close(ours["pred_logits"], other.logits)
+    close(ours["pred_boxes"], other.pred_boxes)
+    for name in ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error"):
+        close(losses[name], other.loss_dict[name])
+    assert ours["pred_boxes"].std() > 0.05, "the comparison would be vacuous"
+    processor = transformers.DetrImageProcessor()
+    sizes = torch.tensor([[96, 128], [128, 96]])
+    found = processor.post_process_object_detection(other, threshold=0, target_sizes=sizes)
+    for mine, result in zip(postprocess(ours, sizes), found, strict=True):
+        close(mine["scores"], result["scores"].sort(descending=True).values)
 
 
 def test_deformable_encoder_selection_and_decoder_equal_transformers():

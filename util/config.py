@@ -62,7 +62,7 @@ RETIRED = {
     "dist_backend": "NCCL for GPUs, Gloo for CPUs",
     "note": "a comment by the user",
     # The released code ignores these, or reads them only with options refused below.
-    **dict.fromkeys(("num_results", "eos_coef", "remove_difficult", "return_interm_layers"), ""),
+    **dict.fromkeys(("num_results", "remove_difficult", "return_interm_layers"), ""),
     **dict.fromkeys(("dn_label_coef", "dn_bbox_coef", "mask_loss_coef", "dice_loss_coef"), ""),
     **dict.fromkeys(("dln_xy_noise", "dln_hw_noise", "box_attn_type", "two_stage_default_hw"), ""),
     **dict.fromkeys(("enc_loss_coef", "coco_panoptic_path"), ""),

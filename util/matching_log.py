@@ -11,8 +11,8 @@ from models.matcher import HungarianMatcher
 
 
 class MatchingLog:
-    """Measures, for each decoder layer and over a data set, the distance from anchors to their
-    matched targets and the change of the matching since the previous epoch.
+    """Measures, for each decoder layer and over a data set, the distance from anchors, if there are
+    any, to their matched targets and the change of the matching since the previous epoch.
 
     `previous`: the previous epoch's `matches`, {image id: (L, Q) int16}, the index of the target
     that each query is matched to, or -1.
@@ -31,10 +31,11 @@ class MatchingLog:
         matched = self.matcher(logits, boxes, targets).split([len(t["boxes"]) for t in targets], 1)
         layer = torch.arange(len(layers), device=boxes.device)[:, None]
         for image, (query, target) in enumerate(zip(matched, targets, strict=True)):
-            anchors = outputs["anchors"][layer, image, query.clamp(min=0)]
-            distance = (anchors - target["boxes"]).abs().sum(-1) * (query >= 0)  # (L, n)
-            self.distance += distance.double().sum(1).cpu()
-            self.num_matched += int((query[0] >= 0).sum())
+            if "anchors" in outputs:
+                anchors = outputs["anchors"][layer, image, query.clamp(min=0)]
+                distance = (anchors - target["boxes"]).abs().sum(-1) * (query >= 0)  # (L, n)
+                self.distance += distance.double().sum(1).cpu()
+                self.num_matched += int((query[0] >= 0).sum())
             target_of = torch.full((len(layers), logits.shape[2] + 1), -1, dtype=torch.int16)
             indices = torch.arange(query.shape[1], dtype=torch.int16).expand(query.shape)
             # Unmatched targets have query -1, which is the additional last column.

@@ -42,7 +42,8 @@ def read(
         elif source == "released":
             if config is None:
                 raise UserError("it holds no config; name the one it was trained with, by -c or -m")
-            class_map = ClassMap.of_count(num_classes_of(checkpoint) or 1)
+            count = num_classes_of(checkpoint, config.get("class_loss", "focal")) or 1
+            class_map = ClassMap.of_count(count)
             converted = assemble(state_dict_of(checkpoint, "it"), config, class_map)
         else:
             project = import_module(f".{source}", __package__)
