@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
     def __init__(self, options: ModelOptions):
         super().__init__()
-        self.num_heads, self.dropout = options.nheads, options.dropout
+        self.num_heads, self.dropout = options.nheads, nn.Dropout(options.dropout)
         out_proj = nn.Linear(options.hidden_dim, options.hidden_dim)
         nn.init.zeros_(out_proj.bias)
         self.out_proj: nn.Module = out_proj
@@ -56,7 +56,7 @@ class Attention(nn.Module):
             self.split_heads(key),
             self.split_heads(value),
             attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self.dropout.p if self.training else 0.0,
         )
         return self.out_proj(out.transpose(1, 2).flatten(2))
 

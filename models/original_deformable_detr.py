@@ -109,10 +109,9 @@ class DeformableDETR(DABDeformableDETR):
     def make_heads(self, options: DetectorOptions) -> None:
         if options.with_box_refine:
             return super().make_heads(options)
-        heads = class_head(options), box_head(options)
-        nn.init.constant_(heads[1].layers[-1].bias[2:], -2)  # initially small boxes
-        number = options.dec_layers
-        self.class_embed, self.bbox_embed = (nn.ModuleList([head] * number) for head in heads)
+        self.class_embed = nn.ModuleList([class_head(options)] * options.dec_layers)
+        self.bbox_embed = nn.ModuleList([box_head(options)] * options.dec_layers)
+        nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2)  # initially small boxes
 
     def make_learned_queries(self, options: DetectorOptions) -> None:
         self.query_embed = nn.Embedding(options.num_queries, 2 * options.hidden_dim)
@@ -125,8 +124,8 @@ class DeformableDETR(DABDeformableDETR):
         if self.selection == "static":
             position, content = self.query_embed.weight.split(dim, dim=-1)
             points = F.pad(self.transformer.reference_points(position), (0, 2))
-            both = content, torch.cat([position, points], dim=-1)
-            return Queries(*(x.expand(batch_size, -1, -1) for x in both), outputs={})
+            anchors = torch.cat([position, points], dim=-1).expand(batch_size, -1, -1)
+            return Queries(content.expand(batch_size, -1, -1), anchors, outputs={})
         selected = self.select(encoded.memory, encoded.tokens)
         boxes = selected.anchors.detach()
         position, content = self.queries_of_boxes(boxes.sigmoid()).split(dim, dim=-1)
@@ -134,7 +133,7 @@ class DeformableDETR(DABDeformableDETR):
         return Queries(content, anchors, self.token_outputs(selected))
 
     def queries_of_boxes(self, boxes: Tensor) -> Tensor:
-        """Boxes (..., 4), cxcywh in [0, 1] -> (..., 2 * D), the positional query and the content."""
+        """Boxes (..., 4), cxcywh in [0, 1] -> (..., 2 * D), positional query and content."""
         transformer = self.transformer
         return transformer.pos_trans_norm(transformer.pos_trans(box_embedding(boxes, self.dim)))
 
@@ -146,9 +145,7 @@ class DeformableDETR(DABDeformableDETR):
         first_point = number - self.num_queries if self.selection == "static" else number
         is_point = torch.arange(number, device=anchors.device) >= first_point
         queries = content, query_pos, references, is_point, blocked
-        return self.transformer.decoder(
-            *queries, encoded.memory, encoded.tokens, self.bbox_embed
-        )
+        return self.transformer.decoder(*queries, encoded.memory, encoded.tokens, self.bbox_embed)
 
 
 def box_embedding(boxes: Tensor, dim: int) -> Tensor:
