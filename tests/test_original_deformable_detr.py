@@ -58,7 +58,8 @@ def build(config: str, **options) -> nn.Module:
 
 @pytest.mark.parametrize("config", VARIANTS)
 def test_equals_transformers(config: str):
-    """All layers, for images with padding; in two stages also the tokens' predictions."""
+    """All layers, for images with padding; in two stages also the tokens' predictions. And the
+    gradients inside the model. (Without two stages theirs share a class head.)"""
     model = build(config)
     their_config = transformers.DeformableDetrConfig(
         backbone="resnet18",
@@ -84,9 +85,8 @@ def test_equals_transformers(config: str):
     assert all("num_batches_tracked" in key for key in report.missing_keys)
     images = padded_images((70, 420), (120, 260))
     model.eval(), theirs.eval()
-    with torch.no_grad():
-        ours = model(images)
-        other = theirs(pixel_values=images.tensors, pixel_mask=(~images.mask).long())
+    ours = model(images)
+    other = theirs(pixel_values=images.tensors, pixel_mask=(~images.mask).long())
     close(ours["states"], other.intermediate_hidden_states.transpose(0, 1))
     close(ours["pred_logits"], other.logits)
     close(ours["pred_boxes"], other.pred_boxes)
@@ -98,6 +98,15 @@ def test_equals_transformers(config: str):
         close(ours["enc_outputs"]["pred_logits"], other.enc_outputs_class)
         close(ours["enc_outputs"]["pred_boxes"], other.enc_outputs_coord_logits.sigmoid())
     assert ours["pred_boxes"].std() > 0.05, "the comparison is vacuous"
+
+    (ours["pred_logits"].square().sum() + ours["pred_boxes"].square().sum()).backward()
+    (other.logits.square().sum() + other.pred_boxes.square().sum()).backward()
+    own = model.named_parameters(remove_duplicate=False)
+    gradients = their_state_dict({n: p.grad for n, p in own if p.grad is not None}, names)
+    for name, parameter in theirs.model.named_parameters(prefix="model"):
+        if parameter.grad is not None:
+            error = (gradients[name] - parameter.grad).norm()
+            assert error <= 1e-4 * parameter.grad.norm() + 1e-5, name
 
 
 @pytest.mark.parametrize("config", VARIANTS)
