@@ -428,9 +428,9 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Config:
     values = parse_values(options, "--options") | parse_values(flags, "command line")
     path = args.config_file
     if name := values.get("modelname"):
-        for (model, option, value), meant in PUBLISHED_MODELS.items():
-            if name == model and values.get(option) == value:
+        for (model, flag, value), meant in PUBLISHED_MODELS.items():
+            if name == model and values.get(flag) == value:
                 values["modelname"] = meant
-                logger.info("-m %s with --%s selects %s", name, option, meant)
+                logger.info("-m %s with --%s selects %s", name, flag, meant)
         path = path or CONFIG_DIR / f"{find_model(values['modelname']).config}.py"
     return make_config(path, values)
