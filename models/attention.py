@@ -37,8 +37,7 @@ class Attention(nn.Module):
 
     def __init__(self, options: ModelOptions):
         super().__init__()
-        self.num_heads = options.nheads
-        self.dropout = nn.Dropout(options.dropout)  # for its p, to be found where all dropout is
+        self.num_heads, self.dropout = options.nheads, nn.Dropout(options.dropout)
         out_proj = nn.Linear(options.hidden_dim, options.hidden_dim)
         nn.init.zeros_(out_proj.bias)
         self.out_proj: nn.Module = out_proj

@@ -137,7 +137,7 @@ class DABDeformableDETR(Detector):
             if options.random_refpoints_xy:
                 spread_centres(self.refpoint_embed)
 
-    def make_decoder(self, options: DetectorOptions) -> DeformableDecoder:
+    def make_decoder(self, options: DetectorOptions) -> nn.Module:
         return DeformableDecoder(options, final_norm=False, scale_queries=True)
 
     def make_heads(self, options: DetectorOptions) -> None:

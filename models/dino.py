@@ -1,9 +1,9 @@
 """DINO (Zhang et al. 2022), as its difference from DN-Deformable-DETR.
 
-Contrastive denoising, mixed query selection and look forward twice are options of every deformable
-model here, which DINO enables in `implied` and in its configs. This file has the rest: separate
-heads for the tokens, their score and their losses, a label embedding without indicator, and a
-decoder with a final norm.
+Contrastive denoising, mixed query selection and look forward twice are options of DAB-Deformable
+and DN-Deformable-DETR too, which DINO enables in `implied` and in its configs. This file has the
+rest: separate heads for the tokens, their score and their losses, a label embedding without
+indicator, and a decoder with a final norm.
 """
 
 import copy

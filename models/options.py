@@ -95,6 +95,9 @@ class ModelOptions:
         "from encoder tokens and learned content",
         choices=["static", "pure", "mixed"],
     )
+    with_box_refine: bool = option(
+        False, "deformable_detr: refine boxes layer by layer, as the other models always do"
+    )
     look_forward_twice: bool = option(False, "backpropagate box losses into the previous layer")
     dec_pred_class_embed_share: bool = option(False, "one class head for all decoder layers")
     dec_pred_bbox_embed_share: bool = option(False, "one box head for all decoder layers")
@@ -173,6 +176,8 @@ class DetectorOptions(LossOptions, DenoisingOptions, ModelOptions):
         size, labels = self.dn_labelbook_size, self.num_classes
         if self.use_dn and size and labels and size < labels:
             raise UserError(f"dn_labelbook_size: {size} is less than num_classes, {labels}")
+        if self.num_feature_levels == 1:  # of several stages the last, as in Deformable DETR
+            self.return_interm_indices = self.return_interm_indices[-1:]
         levels, stages = self.num_feature_levels, len(self.return_interm_indices)
         if levels < stages:
             raise UserError(f"num_feature_levels: {levels} is less than the {stages} levels used")

@@ -10,6 +10,7 @@ from .detr import DETR, DenoisingDETR
 from .dino import DINO, DINOOfDNDETR
 from .errors import UserError, nearest
 from .options import DetectorOptions
+from .original_deformable_detr import DeformableDETR, DNOriginalDeformableDETR
 
 
 class ModelSpec(NamedTuple):
@@ -30,6 +31,8 @@ MODELS = {
     "dn_dab_deformable_detr": ModelSpec(DNDeformableDETR, "dn_dab_deformable_detr_r50"),
     _ENCODER_ONLY: ModelSpec(DeformableEncoderDNDETR, f"{_ENCODER_ONLY}_r50_3pat"),
     "dn_dab_dino_deformable_detr": ModelSpec(DINOOfDNDETR, "dn_dab_dino_deformable_detr_r50"),
+    "deformable_detr": ModelSpec(DeformableDETR, "deformable_detr_r50"),
+    "dn_deformable_detr": ModelSpec(DNOriginalDeformableDETR, "dn_deformable_detr_r50"),
     "dino": ModelSpec(DINO, "dino_4scale_r50"),
 }
 

@@ -18,6 +18,7 @@ from models.dab_detr import DABDETR
 from models.detr import DETR
 from models.errors import UserError
 from models.nested_tensor import nested_tensor_from_tensor_list
+from models.original_deformable_detr import DeformableDETR
 from models.registry import MODELS
 from tests.conftest import SMALL, Pair
 from tests.test_main import read_log
@@ -39,6 +40,8 @@ DENSE = ["--num_patterns 2", "--random_refpoints_xy", *CLASSES]
 DEFORMABLE = ["--query_selection static", "--query_selection pure", "--query_selection mixed"]
 DEFORMABLE += ["--look_forward_twice", "--look_forward_twice FALSE"]
 DEFORMABLE += ["--query_selection static --random_refpoints_xy"]
+REFERENCES = ["--with_box_refine", "--with_box_refine FALSE"]
+REFERENCES += ["--with_box_refine --query_selection pure"]
 WITHOUT_DENOISING = ["--use_dn FALSE", "--dn_number 0"]
 DENOISING = ["--contrastive", "--contrastive FALSE", "--dn_number 1", "--dn_number 10"]
 DENOISING += ["--dn_label_noise_ratio 0 --dn_box_noise_scale 0"]
@@ -46,12 +49,14 @@ DENOISING += ["--dn_num_boxes mean", "--dn_num_boxes process", *WITHOUT_DENOISIN
 
 DENSE_MODELS = [name for name, spec in MODELS.items() if issubclass(spec.detector, DABDETR)]
 DETR_MODELS = [name for name, spec in MODELS.items() if issubclass(spec.detector, DETR)]
+REFERENCE_MODELS = [n for n, spec in MODELS.items() if issubclass(spec.detector, DeformableDETR)]
 PLAIN_MODELS = [name for name, spec in MODELS.items() if not spec.detector.has_denoising]
 
 
 def ablations(model: str) -> list[str]:
     decoder = DENSE if model in DENSE_MODELS else DEFORMABLE
     decoder = CLASSES if model in DETR_MODELS else decoder
+    decoder = REFERENCES if model in REFERENCE_MODELS else decoder
     return ALL + decoder + ([] if model in PLAIN_MODELS else DENOISING)
 
 

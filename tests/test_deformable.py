@@ -26,6 +26,9 @@ CONFIGS = [
     "dn_dab_deformable_detr_deformable_encoder_only_r50_3pat",
     "dn_dab_dino_deformable_detr_r50",
     "dino_4scale_r50",
+    "deformable_detr_r50",
+    "deformable_detr_r50_two_stage",
+    "dn_deformable_detr_r50",
 ]
 SMALL = {
     "backbone": "timm/resnet10t",

@@ -215,7 +215,7 @@ def test_deformable_encoder_selection_and_decoder_equal_transformers():
 
     The two differ only in the queries: theirs derive the content and a positional query shared by
     all layers from the selected anchors through `pos_trans`. Our decoder uses theirs here.
-    One-stage models cannot be compared: theirs start from points, ours from boxes.
+    `deformable_detr`, which has the same queries, is in test_original_deformable_detr.py.
     """
     torch.manual_seed(0)
     cfg = load_config(

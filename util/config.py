@@ -36,11 +36,12 @@ logger = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
-# A model name that only published commands use.
-MODEL_ALIASES = {"dn_deformable_detr": "dn_dab_deformable_detr"}
-
-# Published commands pass --use_dn to a model without denoising; they mean this one.
-WITH_DENOISING = {"dab_deformable_detr": "dn_dab_deformable_detr"}
+# Published commands that mean another model: those of this name with this option. DN-DETR's README
+# calls its model dn_deformable_detr once, and always sets this activation.
+PUBLISHED_MODELS = {
+    ("dab_deformable_detr", "use_dn", True): "dn_dab_deformable_detr",
+    ("dn_deformable_detr", "transformer_activation", "relu"): "dn_dab_deformable_detr",
+}
 
 # Config files in DINO's repository, and the equivalent ones here.
 RELEASED_CONFIGS = {
@@ -65,7 +66,7 @@ RETIRED = {
     **dict.fromkeys(("num_results", "remove_difficult", "return_interm_layers"), ""),
     **dict.fromkeys(("dn_label_coef", "dn_bbox_coef", "mask_loss_coef", "dice_loss_coef"), ""),
     **dict.fromkeys(("dln_xy_noise", "dln_hw_noise", "box_attn_type", "two_stage_default_hw"), ""),
-    **dict.fromkeys(("enc_loss_coef", "coco_panoptic_path"), ""),
+    **dict.fromkeys(("enc_loss_coef", "coco_panoptic_path", "position_embedding_scale"), ""),
 }
 
 # Released options for which only one value is supported, that of all published models.
@@ -252,7 +253,6 @@ def parse_value(name: str, value: Any) -> Any:
         return value != "no"
     if name in SELECTION_SWITCHES:
         return convert(name, bool, value)
-    value = MODEL_ALIASES.get(value, value) if name == "modelname" else value
     return convert(name, FIELDS[name].type, value)
 
 
@@ -435,9 +435,10 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Config:
     values = parse_values(options, "--options") | parse_values(flags, "command line")
     path = args.config_file
     if name := values.get("modelname"):
-        if name in WITH_DENOISING and values.get("use_dn"):
-            values["modelname"] = WITH_DENOISING[name]
-            logger.info("-m %s with --use_dn selects %s", name, values["modelname"])
+        for (model, flag, value), meant in PUBLISHED_MODELS.items():
+            if name == model and values.get(flag) == value:
+                values["modelname"] = meant
+                logger.info("-m %s with --%s selects %s", name, flag, meant)
         path = path or CONFIG_DIR / f"{find_model(values['modelname']).config}.py"
     source = values.get("resume", "")
     if not path and source not in ("", "auto"):

@@ -11,9 +11,12 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR, StepL
 
 from .config import Config
 
+# Parameters with a lower learning rate where param_dict_type is ddetr_in_mmdet.
+LOW_RATE = re.compile("reference_points|sampling_offsets")
+
 # Muon is for weight matrices between hidden layers: not for heads, embeddings, the stem (identified
-# by the image's channels), sampling offsets and attention weights.
-NOT_HIDDEN = re.compile("embed|label_enc|patterns|bias_table|sampling_offsets|attention_weights")
+# by the image's channels), reference points, sampling offsets and attention weights.
+NOT_HIDDEN = re.compile(f"embed|label_enc|patterns|bias_table|attention_weights|{LOW_RATE.pattern}")
 IMAGE_CHANNELS = 3
 MUON_RATE = 3  # relative to AdamW's learning rate; on the toy data set 5 is as good
 MUON_MOMENTUM = 0.95
@@ -90,9 +93,7 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
             lr = cfg.lr_backbone
             if lr == 0:
                 parameter.requires_grad_(False)
-        elif cfg.param_dict_type == "ddetr_in_mmdet" and (
-            "reference_points" in name or "sampling_offsets" in name
-        ):
+        elif cfg.param_dict_type == "ddetr_in_mmdet" and LOW_RATE.search(name):
             lr = cfg.lr * cfg.lr_linear_proj_mult
         if cfg.param_dict_type == "large_wd" and ("norm" in name or "bias" in name):
             decay = 0.0
@@ -136,16 +137,18 @@ def load_released_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: dict
 ) -> bool:
     """Load AdamW's state from a checkpoint of the released code; False if it does not fit. There,
-    names without and with "backbone" make two groups, each in the order of the file's weights."""
+    names without and with "backbone" make two groups, or three with `LOW_RATE`, each in the order
+    of the file's weights."""
     ours, seen = dict(model.named_parameters(remove_duplicate=False)), set()
-    groups: tuple[list, list] = [], []
+    state = checkpoint.get("optimizer", {})
+    indices = [group["params"] for group in state.get("param_groups", ())]
+    groups: list[list] = [[], [], []][: max(len(indices), 2)]
     for name in checkpoint.get("model", ()):
         parameter = ours.get(name.removeprefix("module."))
         if parameter is not None and parameter.requires_grad and parameter not in seen:
             seen.add(parameter)
-            groups["backbone" in name].append(parameter)
-    state = checkpoint.get("optimizer", {})
-    indices = [group["params"] for group in state.get("param_groups", ())]
+            low = len(groups) == 3 and LOW_RATE.search(name)
+            groups[2 if low else "backbone" in name].append(parameter)
     if [len(i) for i in indices] != [len(g) for g in groups] or isinstance(optimizer, Muon):
         return False
     pairs = zip(chain(*indices), chain(*groups), strict=True)
