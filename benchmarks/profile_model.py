@@ -47,7 +47,7 @@ class Stages:
     def __init__(self, model: Detector):
         self.stage, self.read, self.last = "other", lambda: 0.0, 0.0
         self.spent: Counter[str] = Counter()
-        self.mark("backbone", model.backbone[0], "forward")
+        self.mark("backbone", model.image_backbone, "forward")
         self.mark("input projection", model.input_proj, "forward")
         self.mark("encoder", model.transformer.encoder, "forward")
         self.mark("query selection", model, "queries")

@@ -35,7 +35,8 @@ class Tokens(NamedTuple):
 
 class Decoded(NamedTuple):
     """Outputs of the L layers of a decoder: states (L, B, Q, D), predicted boxes (L, B, Q, 4), and
-    the anchors (L, B, Q, 4) that they refine, detached, both cxcywh in [0, 1]."""
+    the anchors (L, B, Q, 4) that they refine, detached, both cxcywh in [0, 1]. Anchors that are
+    points are (L, B, Q, 2)."""
 
     states: Tensor
     boxes: Tensor

@@ -41,6 +41,8 @@ ALIASES = {
     "label_noise_scale": "dn_label_noise_ratio",
     "box_noise_scale": "dn_box_noise_scale",
     "use_lft": "look_forward_twice",
+    "num_query_position": "num_queries",
+    "num_query_pattern": "num_patterns",
     "match_unstable_error": "log_matching",
 }
 
@@ -69,6 +71,8 @@ RETIRED = {
     "local_rank": "torchrun sets LOCAL_RANK",
     "dist_backend": "NCCL for GPUs, Gloo for CPUs",
     "note": "a comment by the user",
+    "auto_resume": "a run found in --output_dir is resumed",
+    "cache_mode": "the operating system caches the files",
     # The released code ignores these, or reads them only with options refused below.
     **dict.fromkeys(("num_results", "eos_coef", "remove_difficult", "return_interm_layers"), ""),
     **dict.fromkeys(("dn_label_coef", "dn_bbox_coef", "mask_loss_coef", "dice_loss_coef"), ""),
@@ -93,7 +97,9 @@ FIXED = {
     "decoder_sa_type": "sa",
     "decoder_module_seq": ["sa", "ca", "ffn"],
     "matcher_type": "HungarianMatcher",
-    **dict.fromkeys(("masks", "pre_norm", "decoder_layer_noise", "ddetr_lr_param"), False),
+    "lr_drop_epochs": None,
+    "eval_set": "val",
+    **dict.fromkeys(("sgd", "masks", "pre_norm", "decoder_layer_noise", "ddetr_lr_param"), False),
     **dict.fromkeys(("dabdetr_yolo_like_anchor_update", "dabdetr_deformable_encoder"), False),
     **dict.fromkeys(("pdetr3_bbox_embed_diff_each_layer", "dabdetr_deformable_decoder"), False),
     **dict.fromkeys(("use_deformable_box_attn", "use_detached_boxes_dec_out"), False),

@@ -32,7 +32,10 @@ class MatchingLog:
         layer = torch.arange(len(layers), device=boxes.device)[:, None]
         for image, (query, target) in enumerate(zip(matched, targets, strict=True)):
             anchors = outputs["anchors"][layer, image, query.clamp(min=0)]
-            distance = (anchors - target["boxes"]).abs().sum(-1) * (query >= 0)  # (L, n)
+            aims = target["boxes"][
+                :, : anchors.shape[-1]
+            ]  # only the centres, if anchors are points
+            distance = (anchors - aims).abs().sum(-1) * (query >= 0)  # (L, n)
             self.distance += distance.double().sum(1).cpu()
             self.num_matched += int((query[0] >= 0).sum())
             target_of = torch.full((len(layers), logits.shape[2] + 1), -1, dtype=torch.int16)

@@ -13,7 +13,9 @@ from .config import Config
 
 # Muon is for weight matrices between hidden layers: not for heads, embeddings, the stem (identified
 # by the image's channels), sampling offsets and attention weights.
-NOT_HIDDEN = re.compile("embed|label_enc|patterns|bias_table|sampling_offsets|attention_weights")
+NOT_HIDDEN = re.compile(
+    r"embed|label_enc|pattern|\.position\.|bias_table|sampling_offsets|attention_weights"
+)
 IMAGE_CHANNELS = 3
 MUON_RATE = 3  # relative to AdamW's learning rate; on the toy data set 5 is as good
 MUON_MOMENTUM = 0.95

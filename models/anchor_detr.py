@@ -1,0 +1,301 @@
+"""Anchor DETR (Wang et al. 2022), and with denoising.
+
+A query is a point of the image, which stays where it is in all layers, and one of a few learned
+patterns, its content. Every point has every pattern, so that it can find several objects.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import FeedForward, MultiheadAttention, additive_mask
+from .backbones import Backbone
+from .deformable_detr import InputProjection
+from .detector import Detector, Encoded, Queries
+from .dn_components import inverse_sigmoid
+from .errors import UserError
+from .heads import box_head, class_head
+from .nested_tensor import NestedTensor
+from .options import DetectorOptions, ModelOptions
+from .position_encoding import sine_embedding
+from .recompute import run
+from .transformer import Decoded
+
+
+class Pixels(NamedTuple):
+    """Positions and additive masks of a feature map's pixels, as the kind of attention needs them:
+    for row-column attention (B, 1, W, D), (B, H, 1, D) and (B, 1, 1, W), (B, 1, 1, H), for dense
+    attention (B, H, W, D) and (B, 1, 1, H * W)."""
+
+    positions: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
+
+
+class RowColumnAttention(MultiheadAttention):
+    """Row-column decoupled attention (section 3.4): a pixel's weight is the product of a weight for
+    its x, among the means of the columns, and one for its y, among the means of the rows. As
+    released, padding counts in the means."""
+
+    def __init__(self, options: ModelOptions):
+        super().__init__(options, num_inputs=5)
+
+    def forward(  # type: ignore[override]
+        self, content: Tensor, positions: tuple[Tensor, ...], memory: Tensor, pixels: Pixels
+    ) -> Tensor:
+        """content (B, N, D) at positions x and y, each (B, N, D), memory (B, H, W, D) ->
+        (B, N, D)."""
+        inputs = [content + position for position in positions]
+        for axis, position in zip((1, 2), pixels.positions, strict=True):
+            inputs.append((memory.mean(axis, keepdim=True) + position).flatten(1, 2))
+        parts = zip(self.in_proj_weight.chunk(5), self.in_proj_bias.chunk(5), strict=True)
+        projected = map(F.linear, [*inputs, memory], *zip(*parts, strict=True))
+        *heads, value = (self.split_heads(x.flatten(1, -2)) for x in projected)
+        value = value.unflatten(2, memory.shape[1:3])  # (B, heads, H, W, d)
+        of_x, of_y = (
+            F.dropout((q @ k.mT / q.shape[-1] ** 0.5 + m).softmax(-1), self.dropout, self.training)
+            for q, k, m in zip(heads[:2], heads[2:], pixels.masks, strict=True)
+        )
+        first, last = of_y, of_x
+        if memory.shape[1] < memory.shape[2]:  # the longer side first, which needs less memory
+            first, last, value = last, first, value.transpose(2, 3)
+        summed = (first @ value.flatten(3)).unflatten(-1, value.shape[3:])
+        out = (last[..., None, :] @ summed).squeeze(-2)  # (B, heads, N, d)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class DenseAttention(MultiheadAttention):
+    """Attention to every pixel, with the same arguments except for a single position (B, N, D)."""
+
+    def forward(  # type: ignore[override]
+        self, content: Tensor, positions: tuple[Tensor, ...], memory: Tensor, pixels: Pixels
+    ) -> Tensor:
+        keys = (memory + pixels.positions[0]).flatten(1, 2)
+        return super().forward(content + positions[0], keys, memory.flatten(1, 2), pixels.masks[0])
+
+
+class NormedFeedForward(FeedForward):
+    def __init__(self, options: ModelOptions):
+        super().__init__(options)
+        self.norm2 = nn.LayerNorm(options.hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(x + self.feed_forward(x))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, options: ModelOptions):
+        super().__init__()
+        self.self_attn = pixel_attention(options)
+        self.norm1 = nn.LayerNorm(options.hidden_dim)
+        self.ffn = NormedFeedForward(options)
+        self.dropout = nn.Dropout(options.dropout)
+
+    def forward(self, x: Tensor, pixels: Pixels) -> Tensor:
+        """x (B, H, W, D) -> the same."""
+        positions = tuple(position.expand_as(x).flatten(1, 2) for position in pixels.positions)
+        attended = self.self_attn(x.flatten(1, 2), positions, x, pixels)
+        return self.ffn(self.norm1(x + self.dropout(attended.view_as(x))))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, options: ModelOptions):
+        super().__init__()
+        self.cross_attn = pixel_attention(options)
+        self.norm1 = nn.LayerNorm(options.hidden_dim)
+        self.self_attn = MultiheadAttention(options)
+        self.norm2 = nn.LayerNorm(options.hidden_dim)
+        self.ffn = NormedFeedForward(options)
+        self.dropout = nn.Dropout(options.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        self_mask: Tensor | None,
+        positions: tuple[Tensor, ...],
+        memory: Tensor,
+        pixels: Pixels,
+    ) -> Tensor:
+        """x (B, N, D), its position (B, N, D) for self-attention and those for cross-attention."""
+        located = x + position
+        x = self.norm2(x + self.dropout(self.self_attn(located, located, x, self_mask)))
+        x = self.norm1(x + self.dropout(self.cross_attn(x, positions, memory, pixels)))
+        return self.ffn(x)
+
+
+def pixel_attention(options: ModelOptions) -> MultiheadAttention:
+    return (RowColumnAttention if options.attention_type == "RCDA" else DenseAttention)(options)
+
+
+class AnchorTransformer(nn.Module):
+    """Encoder, decoder, queries and heads, under the released names and with the released initial
+    weights: the layers start as copies of one."""
+
+    def __init__(self, options: DetectorOptions):
+        super().__init__()
+        dim, layers = options.hidden_dim, options.dec_layers
+        repeat = lambda layer, n: nn.ModuleList(copy.deepcopy(layer) for _ in range(n))
+        self.encoder_layers = repeat(EncoderLayer(options), options.enc_layers)
+        self.decoder_layers = repeat(DecoderLayer(options), layers)
+        self.pattern = nn.Embedding(options.num_patterns, dim)
+        if options.spatial_prior == "learned":
+            self.position = nn.Embedding(options.num_queries, 2)
+            nn.init.uniform_(self.position.weight)
+        else:
+            side = round(math.sqrt(options.num_queries))
+            centres = (torch.arange(side) + 0.5) / side
+            self.register_buffer("grid", torch.cartesian_prod(centres, centres), persistent=False)
+        self.adapt_pos2d, self.adapt_pos1d = (
+            nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)) for _ in range(2)
+        )
+        self.class_embed = nn.ModuleList([class_head(options)] * layers)  # one for all layers
+        self.bbox_embed = nn.ModuleList([box_head(options)] * layers)
+        nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2)  # initially small boxes
+        self.row_column, self.recompute = options.attention_type == "RCDA", options.use_checkpoint
+        self.adapt_pos1d.requires_grad_(self.row_column)
+
+    def sine(self, coordinates: Tensor, dim: int) -> Tensor:
+        """Coordinates (...) in [0, 1] -> (..., dim)."""
+        embedding = sine_embedding(2 * math.pi * coordinates.float(), dim)
+        return embedding.to(self.pattern.weight.dtype)
+
+    def embed_points(self, x: Tensor, y: Tensor) -> Tensor:
+        """Coordinates (...) in [0, 1], of shapes that broadcast -> positions (..., D)."""
+        points = torch.stack(torch.broadcast_tensors(y, x), dim=-1)
+        return self.adapt_pos2d(self.sine(points, self.pattern.embedding_dim // 2).flatten(-2))
+
+    def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """Coordinates -> positions for attention to pixels: of x and of y, or of the points."""
+        if not self.row_column:
+            return (self.embed_points(x, y),)
+        return tuple(self.adapt_pos1d(self.sine(c, self.pattern.embedding_dim)) for c in (x, y))
+
+    def encode(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Pixels]:
+        """x (B, H, W, D), mask (B, H, W), True on padding -> memory (B, H, W, D), its pixels."""
+        of_axes = mask[:, 0], mask[:, :, 0]
+        coordinates = []
+        for inside in (~padded for padded in of_axes):
+            count = inside.cumsum(1)
+            coordinates.append((count - 0.5) / count[:, -1:])
+        across, down = coordinates
+        positions = self.embed(across[:, None], down[:, :, None])
+        masks = of_axes if self.row_column else (mask.flatten(1),)
+        pixels = Pixels(positions, tuple(additive_mask(m[:, None, None], x) for m in masks))
+        for layer in self.encoder_layers:
+            x = run(layer, self.recompute, x, pixels)
+        return x, pixels
+
+    def decode(
+        self, x: Tensor, points: Tensor, blocked: Tensor | None, memory: Tensor, pixels: Pixels
+    ) -> Decoded:
+        """Content x (B, N, D), points (B, N, 2) in [0, 1], blocked (N, N)."""
+        coordinates = points.unbind(-1)
+        position, positions = self.embed_points(*coordinates), self.embed(*coordinates)
+        self_mask, layers = additive_mask(blocked, x), []
+        for layer in self.decoder_layers:
+            x = run(layer, self.recompute, x, position, self_mask, positions, memory, pixels)
+            layers.append(x)
+        states = torch.stack(layers)
+        offsets = self.bbox_embed[0](states)
+        boxes = (offsets + F.pad(inverse_sigmoid(points, eps=1e-5), (0, 2))).sigmoid()
+        return Decoded(states, boxes, points.detach().expand(len(states), -1, -1, -1))
+
+
+class AnchorDETR(Detector):
+    """Anchor DETR; of the backbone's feature maps it uses the last."""
+
+    implied = {"num_patterns": 3}
+
+    @classmethod
+    def check(cls, options: DetectorOptions) -> None:
+        super().check(options)
+        name = options.modelname
+        if options.num_patterns < 1:
+            raise UserError(f"num_patterns: {name} needs at least 1; published models have 3")
+        selects = options.query_selection != "static" or options.look_forward_twice
+        if selects or options.random_refpoints_xy:
+            names = "query_selection, look_forward_twice, random_refpoints_xy"
+            raise UserError(f"{names}: {name} has none of them; leave them out")
+
+    def __init__(self, options: DetectorOptions, backbone: Backbone):
+        super().__init__(options, backbone)
+        self.backbone = backbone
+        projection = InputProjection(options, self.num_channels[-1:])[0]
+        nn.init.xavier_uniform_(projection[0].weight)
+        nn.init.zeros_(projection[0].bias)
+        self.input_proj = nn.ModuleList([projection])
+        self.transformer = AnchorTransformer(options)
+
+    @property
+    def image_backbone(self) -> nn.Module:
+        return self.backbone
+
+    @property
+    def encoder_layers(self) -> nn.ModuleList:
+        return self.transformer.encoder_layers
+
+    def encode(self, images: NestedTensor) -> Encoded:
+        features = self.backbone(images)
+        last = features[-1]
+        x = self.input_proj[0](last.tensors).permute(0, 2, 3, 1)
+        memory, pixels = self.transformer.encode(x, last.mask)
+        return Encoded(features, memory.flatten(1, 2), (memory, pixels))
+
+    def queries(self, encoded: Encoded) -> Queries:
+        """Their positions are points (B, Q, 2) in [0, 1]: all of them for each pattern."""
+        transformer, size = self.transformer, (len(encoded.memory), -1, -1)
+        points = transformer.grid if hasattr(transformer, "grid") else transformer.position.weight
+        patterns = transformer.pattern.weight
+        content = patterns.repeat_interleave(len(points), dim=0).expand(size)
+        return Queries(content, points.repeat(len(patterns), 1).expand(size), outputs={})
+
+    def decode(
+        self, content: Tensor, anchors: Tensor, blocked: Tensor | None, encoded: Encoded
+    ) -> Decoded:
+        return self.transformer.decode(content, anchors, blocked, *encoded.tokens)
+
+    def classify(self, states: Tensor) -> Tensor:
+        return self.transformer.class_embed[0](states)
+
+
+class DNAnchorDETR(AnchorDETR):
+    """Anchor DETR with denoising. A noised box becomes a query at its centre; its size is left to
+    the decoder. The content is the label embedding, with the indicator, plus a pattern. At
+    inference this is `AnchorDETR`.
+
+    Every denoising query has one pattern, and an object the next one in every group: a group then
+    has the patterns side by side, as matching queries do, and all patterns learn from all objects,
+    without as many queries more.
+    """
+
+    has_denoising = True
+
+    def __init__(self, options: DetectorOptions, backbone: Backbone):
+        super().__init__(options, backbone)
+        self.label_enc = nn.Embedding(options.num_labels + 1, options.hidden_dim - 1)
+        self.label_enc.requires_grad_(options.use_dn)
+
+    def make_denoising(self, options: DetectorOptions) -> Callable:
+        centres = partial(super().make_denoising(options), embed_boxes=box_centres)
+        return partial(self.with_patterns, centres)
+
+    def with_patterns(self, prepare: Callable, *known: object) -> tuple:
+        """`prepare(*known)`, with the patterns added to the content of denoising queries."""
+        content, points, blocked, dn = prepare(*known)
+        place = torch.arange(dn.num_queries, device=content.device)
+        group_size = max(dn.num_queries // dn.num_groups, 1)
+        turn = place % group_size + place // group_size
+        patterns = self.transformer.pattern(turn % self.transformer.pattern.num_embeddings)
+        content = content + F.pad(patterns, (0, 0, 0, content.shape[1] - len(place)))
+        return content, points, blocked, dn
+
+
+def box_centres(boxes: Tensor) -> Tensor:
+    """(N, 4), cxcywh -> (N, 2)."""
+    return boxes[:, :2]
