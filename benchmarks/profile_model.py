@@ -49,7 +49,9 @@ class Stages:
         self.spent: Counter[str] = Counter()
         self.mark("backbone", model.image_backbone, "forward")
         self.mark("input projection", model.input_proj, "forward")
-        self.mark("encoder", model.transformer.encoder, "forward")
+        encoder = getattr(model.transformer, "encoder", None)  # Anchor DETR has layers alone
+        for part in [encoder] if encoder else model.encoder_layers:
+            self.mark("encoder", part, "forward")
         self.mark("query selection", model, "queries")
         self.mark("decoder", model, "decode")
         self.mark("class heads", model, "classify")

@@ -155,8 +155,8 @@ class AnchorTransformer(nn.Module):
             nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)) for _ in range(2)
         )
         self.class_embed = nn.ModuleList([class_head(options)] * layers)  # one for all layers
-        self.bbox_embed = nn.ModuleList([box_head(options)] * layers)
-        nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2)  # initially small boxes
+        self.bbox_embed = nn.ModuleList([head := box_head(options)] * layers)
+        nn.init.constant_(head.layers[-1].bias[2:], -2)  # initially small boxes
         self.row_column, self.recompute = options.attention_type == "RCDA", options.use_checkpoint
         self.adapt_pos1d.requires_grad_(self.row_column)
 
@@ -179,14 +179,11 @@ class AnchorTransformer(nn.Module):
     def encode(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Pixels]:
         """x (B, H, W, D), mask (B, H, W), True on padding -> memory (B, H, W, D), its pixels."""
         of_axes = mask[:, 0], mask[:, :, 0]
-        coordinates = []
-        for inside in (~padded for padded in of_axes):
-            count = inside.cumsum(1)
-            coordinates.append((count - 0.5) / count[:, -1:])
-        across, down = coordinates
+        across, down = map(axis_centres, of_axes)
         positions = self.embed(across[:, None], down[:, :, None])
         masks = of_axes if self.row_column else (mask.flatten(1),)
-        pixels = Pixels(positions, tuple(additive_mask(m[:, None, None], x) for m in masks))
+        added = tuple(additive_mask(m[:, None, None], x) for m in masks)
+        pixels = Pixels(positions, added)  # type: ignore[arg-type]
         for layer in self.encoder_layers:
             x = run(layer, self.recompute, x, pixels)
         return x, pixels
@@ -205,6 +202,13 @@ class AnchorTransformer(nn.Module):
         offsets = self.bbox_embed[0](states)
         boxes = (offsets + F.pad(inverse_sigmoid(points, eps=1e-5), (0, 2))).sigmoid()
         return Decoded(states, boxes, points.detach().expand(len(states), -1, -1, -1))
+
+
+def axis_centres(padded: Tensor) -> Tensor:
+    """The padding along an axis (B, N) -> coordinates (B, N) of the pixels' centres; the image
+    without its padding is from 0 to 1."""
+    count = (~padded).cumsum(1)
+    return (count - 0.5) / count[:, -1:]
 
 
 class AnchorDETR(Detector):
@@ -226,10 +230,11 @@ class AnchorDETR(Detector):
     def __init__(self, options: DetectorOptions, backbone: Backbone):
         super().__init__(options, backbone)
         self.backbone = backbone
-        projection = InputProjection(options, self.num_channels[-1:])[0]
-        nn.init.xavier_uniform_(projection[0].weight)
-        nn.init.zeros_(projection[0].bias)
-        self.input_proj = nn.ModuleList([projection])
+        projections = InputProjection(options, self.num_channels[-1:])
+        self.input_proj = nn.ModuleList(list(projections)[:1])
+        for conv, _ in self.input_proj:
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
         self.transformer = AnchorTransformer(options)
 
     @property

@@ -13,6 +13,7 @@ import torch
 
 from datasets.toy import make_toy_coco
 from main import main
+from models.anchor_detr import AnchorDETR
 from models.backbones import build_backbone, convnext
 from models.dab_detr import DABDETR
 from models.errors import UserError
@@ -34,6 +35,7 @@ TINY = [
 ALL = ["--dec_layers 1", "--use_ema --eval_batch_size 2", "--accumulate 2 --batch_size 1", "--amp"]
 ALL += ["--aux_loss FALSE", "--hidden_dim 48", "--optimizer muon"]
 DENSE = ["--num_patterns 2", "--random_refpoints_xy"]
+ANCHOR = ["--num_patterns 2 --spatial_prior grid", "--attention_type nn.MultiheadAttention"]
 DEFORMABLE = ["--query_selection static", "--query_selection pure", "--query_selection mixed"]
 DEFORMABLE += ["--look_forward_twice", "--look_forward_twice FALSE"]
 DEFORMABLE += ["--query_selection static --random_refpoints_xy"]
@@ -43,11 +45,13 @@ DENOISING += ["--dn_label_noise_ratio 0 --dn_box_noise_scale 0"]
 DENOISING += ["--dn_num_boxes mean", "--dn_num_boxes process", *WITHOUT_DENOISING]
 
 DENSE_MODELS = [name for name, spec in MODELS.items() if issubclass(spec.detector, DABDETR)]
+ANCHOR_MODELS = [name for name, spec in MODELS.items() if issubclass(spec.detector, AnchorDETR)]
 PLAIN_MODELS = [name for name, spec in MODELS.items() if not spec.detector.has_denoising]
 
 
 def ablations(model: str) -> list[str]:
     decoder = DENSE if model in DENSE_MODELS else DEFORMABLE
+    decoder = ANCHOR if model in ANCHOR_MODELS else decoder
     return ALL + decoder + ([] if model in PLAIN_MODELS else DENOISING)
 
 
@@ -99,7 +103,10 @@ def test_unsupported_options_are_rejected(model: str):
     rejected = ["--num_patterns 2", "--query_selection pure --random_refpoints_xy"]
     if model in DENSE_MODELS:
         rejected = ["--query_selection pure", "--query_selection mixed", "--look_forward_twice"]
-    if model == "dab_detr":
+    if model in ANCHOR_MODELS:
+        rejected = ["--query_selection pure", "--look_forward_twice", "--random_refpoints_xy"]
+        rejected.append("--num_patterns 0")
+    if model in ("dab_detr", "anchor_detr"):
         rejected.append("--use_dn")
     for options in rejected:
         name = options.split("--")[-1].split()[0]
