@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +23,17 @@ from .errors import UserError
 from .heads import box_head, class_head
 from .nested_tensor import NestedTensor
 from .options import DetectorOptions, ModelOptions
-from .position_encoding import sine_embedding
+from .position_encoding import anchor_embedding, sine_embedding
 from .recompute import run
 from .transformer import Decoded
 
 
 class Pixels(NamedTuple):
-    """Positions and additive masks of a feature map's pixels, as the kind of attention needs them:
-    for row-column attention (B, 1, W, D), (B, H, 1, D) and (B, 1, 1, W), (B, 1, 1, H), for dense
-    attention (B, H, W, D) and (B, 1, 1, H * W)."""
+    """A feature map's axes, x and y: positions (B, 1, W, D) and (B, H, 1, D), additive masks of
+    the padding (B, 1, 1, W) and (B, 1, 1, H)."""
 
     positions: tuple[Tensor, ...]
-    masks: tuple[Tensor, ...]
+    masks: tuple[Any, ...]
 
 
 class RowColumnAttention(MultiheadAttention):
@@ -53,30 +52,19 @@ class RowColumnAttention(MultiheadAttention):
         inputs = [content + position for position in positions]
         for axis, position in zip((1, 2), pixels.positions, strict=True):
             inputs.append((memory.mean(axis, keepdim=True) + position).flatten(1, 2))
-        parts = zip(self.in_proj_weight.chunk(5), self.in_proj_bias.chunk(5), strict=True)
-        projected = map(F.linear, [*inputs, memory], *zip(*parts, strict=True))
+        parts = self.in_proj_weight.chunk(5), self.in_proj_bias.chunk(5)
+        projected = map(F.linear, [*inputs, memory], *parts)
         *heads, value = (self.split_heads(x.flatten(1, -2)) for x in projected)
         value = value.unflatten(2, memory.shape[1:3])  # (B, heads, H, W, d)
-        of_x, of_y = (
+        last, first = (
             F.dropout((q @ k.mT / q.shape[-1] ** 0.5 + m).softmax(-1), self.dropout, self.training)
             for q, k, m in zip(heads[:2], heads[2:], pixels.masks, strict=True)
         )
-        first, last = of_y, of_x
         if memory.shape[1] < memory.shape[2]:  # the longer side first, which needs less memory
             first, last, value = last, first, value.transpose(2, 3)
         summed = (first @ value.flatten(3)).unflatten(-1, value.shape[3:])
         out = (last[..., None, :] @ summed).squeeze(-2)  # (B, heads, N, d)
         return self.out_proj(out.transpose(1, 2).flatten(2))
-
-
-class DenseAttention(MultiheadAttention):
-    """Attention to every pixel, with the same arguments except for a single position (B, N, D)."""
-
-    def forward(  # type: ignore[override]
-        self, content: Tensor, positions: tuple[Tensor, ...], memory: Tensor, pixels: Pixels
-    ) -> Tensor:
-        keys = (memory + pixels.positions[0]).flatten(1, 2)
-        return super().forward(content + positions[0], keys, memory.flatten(1, 2), pixels.masks[0])
 
 
 class NormedFeedForward(FeedForward):
@@ -91,46 +79,35 @@ class NormedFeedForward(FeedForward):
 class EncoderLayer(nn.Module):
     def __init__(self, options: ModelOptions):
         super().__init__()
-        self.self_attn = pixel_attention(options)
+        self.self_attn = RowColumnAttention(options)
         self.norm1 = nn.LayerNorm(options.hidden_dim)
         self.ffn = NormedFeedForward(options)
-        self.dropout = nn.Dropout(options.dropout)
 
     def forward(self, x: Tensor, pixels: Pixels) -> Tensor:
         """x (B, H, W, D) -> the same."""
         positions = tuple(position.expand_as(x).flatten(1, 2) for position in pixels.positions)
         attended = self.self_attn(x.flatten(1, 2), positions, x, pixels)
-        return self.ffn(self.norm1(x + self.dropout(attended.view_as(x))))
+        return self.ffn(self.norm1(x + self.ffn.dropout(attended.view_as(x))))
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, options: ModelOptions):
         super().__init__()
-        self.cross_attn = pixel_attention(options)
+        self.cross_attn = RowColumnAttention(options)
         self.norm1 = nn.LayerNorm(options.hidden_dim)
         self.self_attn = MultiheadAttention(options)
         self.norm2 = nn.LayerNorm(options.hidden_dim)
         self.ffn = NormedFeedForward(options)
-        self.dropout = nn.Dropout(options.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        position: Tensor,
-        self_mask: Tensor | None,
-        positions: tuple[Tensor, ...],
-        memory: Tensor,
-        pixels: Pixels,
+        self, x: Tensor, pos: Tensor, mask: Tensor | None, positions: tuple, *pixels: Any
     ) -> Tensor:
-        """x (B, N, D), its position (B, N, D) for self-attention and those for cross-attention."""
-        located = x + position
-        x = self.norm2(x + self.dropout(self.self_attn(located, located, x, self_mask)))
-        x = self.norm1(x + self.dropout(self.cross_attn(x, positions, memory, pixels)))
+        """x (B, N, D), its position (B, N, D) for self-attention, the mask of that, and what
+        cross-attention takes."""
+        located = x + pos
+        x = self.norm2(x + self.ffn.dropout(self.self_attn(located, located, x, mask)))
+        x = self.norm1(x + self.ffn.dropout(self.cross_attn(x, positions, *pixels)))
         return self.ffn(x)
-
-
-def pixel_attention(options: ModelOptions) -> MultiheadAttention:
-    return (RowColumnAttention if options.attention_type == "RCDA" else DenseAttention)(options)
 
 
 class AnchorTransformer(nn.Module):
@@ -139,7 +116,7 @@ class AnchorTransformer(nn.Module):
 
     def __init__(self, options: DetectorOptions):
         super().__init__()
-        dim, layers = options.hidden_dim, options.dec_layers
+        dim, layers, self.recompute = options.hidden_dim, options.dec_layers, options.use_checkpoint
         repeat = lambda layer, n: nn.ModuleList(copy.deepcopy(layer) for _ in range(n))
         self.encoder_layers = repeat(EncoderLayer(options), options.enc_layers)
         self.decoder_layers = repeat(DecoderLayer(options), layers)
@@ -156,34 +133,20 @@ class AnchorTransformer(nn.Module):
         )
         self.class_embed = nn.ModuleList([class_head(options)] * layers)  # one for all layers
         self.bbox_embed = nn.ModuleList([head := box_head(options)] * layers)
-        nn.init.constant_(head.layers[-1].bias[2:], -2)  # initially small boxes
-        self.row_column, self.recompute = options.attention_type == "RCDA", options.use_checkpoint
-        self.adapt_pos1d.requires_grad_(self.row_column)
+        *_, bias = head.parameters()
+        nn.init.constant_(bias[2:], -2)  # initially small boxes
 
-    def sine(self, coordinates: Tensor, dim: int) -> Tensor:
-        """Coordinates (...) in [0, 1] -> (..., dim)."""
-        embedding = sine_embedding(2 * math.pi * coordinates.float(), dim)
-        return embedding.to(self.pattern.weight.dtype)
-
-    def embed_points(self, x: Tensor, y: Tensor) -> Tensor:
-        """Coordinates (...) in [0, 1], of shapes that broadcast -> positions (..., D)."""
-        points = torch.stack(torch.broadcast_tensors(y, x), dim=-1)
-        return self.adapt_pos2d(self.sine(points, self.pattern.embedding_dim // 2).flatten(-2))
-
-    def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """Coordinates -> positions for attention to pixels: of x and of y, or of the points."""
-        if not self.row_column:
-            return (self.embed_points(x, y),)
-        return tuple(self.adapt_pos1d(self.sine(c, self.pattern.embedding_dim)) for c in (x, y))
+    def embed_axes(self, *coordinates: Tensor) -> tuple[Tensor, ...]:
+        """x (...) and y (...) in [0, 1] -> positions (..., D)."""
+        weight = self.pattern.weight
+        sines = (sine_embedding(2 * math.pi * c.float(), weight.shape[1]) for c in coordinates)
+        return tuple(self.adapt_pos1d(sine.to(weight.dtype)) for sine in sines)
 
     def encode(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Pixels]:
         """x (B, H, W, D), mask (B, H, W), True on padding -> memory (B, H, W, D), its pixels."""
-        of_axes = mask[:, 0], mask[:, :, 0]
-        across, down = map(axis_centres, of_axes)
-        positions = self.embed(across[:, None], down[:, :, None])
-        masks = of_axes if self.row_column else (mask.flatten(1),)
-        added = tuple(additive_mask(m[:, None, None], x) for m in masks)
-        pixels = Pixels(positions, added)  # type: ignore[arg-type]
+        across, down = axes = mask[:, 0], mask[:, :, 0]
+        positions = self.embed_axes(axis_centres(across)[:, None], axis_centres(down)[:, :, None])
+        pixels = Pixels(positions, tuple(additive_mask(m[:, None, None], x) for m in axes))
         for layer in self.encoder_layers:
             x = run(layer, self.recompute, x, pixels)
         return x, pixels
@@ -192,11 +155,11 @@ class AnchorTransformer(nn.Module):
         self, x: Tensor, points: Tensor, blocked: Tensor | None, memory: Tensor, pixels: Pixels
     ) -> Decoded:
         """Content x (B, N, D), points (B, N, 2) in [0, 1], blocked (N, N)."""
-        coordinates = points.unbind(-1)
-        position, positions = self.embed_points(*coordinates), self.embed(*coordinates)
-        self_mask, layers = additive_mask(blocked, x), []
+        position = self.adapt_pos2d(anchor_embedding(points, x.shape[-1] // 2))
+        queries = position, additive_mask(blocked, x), self.embed_axes(*points.unbind(-1))
+        layers = []
         for layer in self.decoder_layers:
-            x = run(layer, self.recompute, x, position, self_mask, positions, memory, pixels)
+            x = run(layer, self.recompute, x, *queries, memory, pixels)
             layers.append(x)
         states = torch.stack(layers)
         offsets = self.bbox_embed[0](states)
@@ -287,8 +250,8 @@ class DNAnchorDETR(AnchorDETR):
         self.label_enc.requires_grad_(options.use_dn)
 
     def make_denoising(self, options: DetectorOptions) -> Callable:
-        centres = partial(super().make_denoising(options), embed_boxes=box_centres)
-        return partial(self.with_patterns, centres)
+        prepare = super().make_denoising(options)
+        return partial(self.with_patterns, partial(prepare, embed_boxes=lambda b: b[:, :2]))
 
     def with_patterns(self, prepare: Callable, *known: object) -> tuple:
         """`prepare(*known)`, with the patterns added to the content of denoising queries."""
@@ -299,8 +262,3 @@ class DNAnchorDETR(AnchorDETR):
         patterns = self.transformer.pattern(turn % self.transformer.pattern.num_embeddings)
         content = content + F.pad(patterns, (0, 0, 0, content.shape[1] - len(place)))
         return content, points, blocked, dn
-
-
-def box_centres(boxes: Tensor) -> Tensor:
-    """(N, 4), cxcywh -> (N, 2)."""
-    return boxes[:, :2]

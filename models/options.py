@@ -72,11 +72,6 @@ class ModelOptions:
         "Anchor DETR: learned anchor points, or a square grid of about num_queries",
         choices=["learned", "grid"],
     )
-    attention_type: str = option(
-        "RCDA",
-        "Anchor DETR: attention to pixels, row-column decoupled or dense",
-        choices=["RCDA", "nn.MultiheadAttention"],
-    )
     random_refpoints_xy: bool = option(False, "spread initial anchor centres over the image")
     pe_temperatureH: float = option(20, "position encoding temperature for y", low=1e-6)
     pe_temperatureW: float = option(20, "position encoding temperature for x", low=1e-6)

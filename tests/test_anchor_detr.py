@@ -131,16 +131,14 @@ def test_position_is_relative_to_the_image_without_padding():
     mask = torch.ones(2, 3, 4, dtype=torch.bool)
     mask[0], mask[1, :2, :2] = False, False
     _, pixels = model.transformer.encode(torch.randn(2, 3, 4, 64), mask)
-    across, down = model.transformer.embed(torch.tensor([0.25, 0.75]), torch.tensor([0.25, 0.75]))
+    across, down = model.transformer.embed_axes(*torch.tensor([[0.25, 0.75]] * 2))
     torch.testing.assert_close(pixels.positions[0][1, 0, :2], across)
     torch.testing.assert_close(pixels.positions[1][1, :2, 0], down)
     assert pixels.masks[0][1, 0, 0].tolist() == [0, 0, -torch.inf, -torch.inf]
     assert pixels.masks[1][1, 0, 0].tolist() == [0, 0, -torch.inf]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"attention_type": "nn.MultiheadAttention"}, {"contrastive": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"contrastive": True}])
 def test_matching_queries_do_not_see_denoising_queries(options: dict):
     """Same predictions as in inference, and no gradient of theirs reaches the label embedding."""
     model, _, _ = small_model(dropout=0.0, **options)
@@ -185,12 +183,8 @@ def test_denoising_queries_are_centres_with_all_patterns():
 
 
 def test_every_parameter_gets_a_gradient():
-    """As DDP requires, also without objects, and with either attention and either prior."""
-    for options in (
-        {},
-        {"attention_type": "nn.MultiheadAttention", "spatial_prior": "grid"},
-        {"use_dn": False},
-    ):
+    """As DDP requires, also without objects."""
+    for options in ({}, {"spatial_prior": "grid"}, {"use_dn": False}):
         for counts in ((2, 3), (0, 0)):
             model, criterion, _ = small_model(**TINY, **options)
             targets = make_targets(*counts)

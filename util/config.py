@@ -99,6 +99,7 @@ FIXED = {
     "matcher_type": "HungarianMatcher",
     "lr_drop_epochs": None,
     "eval_set": "val",
+    "attention_type": "RCDA",
     **dict.fromkeys(("sgd", "masks", "pre_norm", "decoder_layer_noise", "ddetr_lr_param"), False),
     **dict.fromkeys(("dabdetr_yolo_like_anchor_update", "dabdetr_deformable_encoder"), False),
     **dict.fromkeys(("pdetr3_bbox_embed_diff_each_layer", "dabdetr_deformable_decoder"), False),
