@@ -60,7 +60,8 @@ class RowColumnAttention(MultiheadAttention):
             F.dropout((q @ k.mT / q.shape[-1] ** 0.5 + m).softmax(-1), self.dropout, self.training)
             for q, k, m in zip(heads[:2], heads[2:], pixels.masks, strict=True)
         )
-        if memory.shape[1] < memory.shape[2]:  # the longer side first, which needs less memory
+        # The longer side first, which needs less memory; an exported graph is for both cases.
+        if not torch.compiler.is_exporting() and memory.shape[1] < memory.shape[2]:
             first, last, value = last, first, value.transpose(2, 3)
         summed = (first @ value.flatten(3)).unflatten(-1, value.shape[3:])
         out = (last[..., None, :] @ summed).squeeze(-2)  # (B, heads, N, d)
@@ -217,7 +218,7 @@ class AnchorDETR(Detector):
 
     def queries(self, encoded: Encoded) -> Queries:
         """Their positions are points (B, Q, 2) in [0, 1]: all of them for each pattern."""
-        transformer, size = self.transformer, (len(encoded.memory), -1, -1)
+        transformer, size = self.transformer, (encoded.memory.shape[0], -1, -1)
         points = transformer.grid if hasattr(transformer, "grid") else transformer.position.weight
         patterns = transformer.pattern.weight
         content = patterns.repeat_interleave(len(points), dim=0).expand(size)

@@ -138,7 +138,8 @@ def load_released_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: dict
 ) -> bool:
     """Load AdamW's state from a checkpoint of the released code; False if it does not fit. There,
-    names without and with "backbone" make two groups, each in the order of the file's weights."""
+    names without and with "backbone" make two groups, each in the order of the file's weights;
+    Anchor DETR has a third, empty one."""
     ours, seen = dict(model.named_parameters(remove_duplicate=False)), set()
     groups: tuple[list, list] = [], []
     for name in checkpoint.get("model", ()):
@@ -147,7 +148,7 @@ def load_released_state(
             seen.add(parameter)
             groups["backbone" in name].append(parameter)
     state = checkpoint.get("optimizer", {})
-    indices = [group["params"] for group in state.get("param_groups", ())]
+    indices = [group["params"] for group in state.get("param_groups", ()) if group["params"]]
     if [len(i) for i in indices] != [len(g) for g in groups] or isinstance(optimizer, Muon):
         return False
     pairs = zip(chain(*indices), chain(*groups), strict=True)
