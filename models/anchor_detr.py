@@ -234,14 +234,10 @@ class AnchorDETR(Detector):
 
 
 class DNAnchorDETR(AnchorDETR):
-    """Anchor DETR with denoising. A noised box becomes a query at its centre; its size is left to
-    the decoder. The content is the label embedding, with the indicator, plus a pattern. At
-    inference this is `AnchorDETR`.
-
-    Every denoising query has one pattern, and an object the next one in every group: a group then
-    has the patterns side by side, as matching queries do, and all patterns learn from all objects,
-    without as many queries more.
-    """
+    """Anchor DETR with denoising; at inference the same. A noised box becomes a query at its
+    centre, its size is left to the decoder; its content is the label embedding with the indicator,
+    plus a pattern: an object has the next one in every group. So all patterns are side by side in a
+    group, as among matching queries, and learn from all objects without more queries."""
 
     has_denoising = True
 

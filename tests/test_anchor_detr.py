@@ -12,6 +12,7 @@ from models.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from models.options import ModelOptions
 from tests.test_models import SMALL, make_targets
 from util.config import load_config, parse_command_line
+from util.matching_log import MatchingLog
 from util.optim import parameter_groups
 
 TINY = {"backbone": "timm/test_resnet", "batch_norm_type": "BatchNorm2d"}
@@ -201,6 +202,17 @@ def test_compiled_parts():
         part.compile = lambda part=part, **options: compiled.append(part)
     model.compile_parts()
     assert compiled == [model.backbone, *model.transformer.encoder_layers]
+
+
+def test_matching_log_measures_the_distance_to_centres():
+    model, criterion, _ = small_model()
+    (target,) = make_targets(1)
+    outputs = model.eval()([torch.randn(3, 64, 96)])
+    log = MatchingLog(criterion.matcher)
+    log.update(outputs, [target | {"image_id": torch.tensor(7)}])
+    query = int((log.matches[7][0] == 0).nonzero())
+    distance = (outputs["anchors"][0, 0, query] - target["boxes"][0, :2]).abs().sum()
+    assert log.summary()["anchor_distance_0"] == pytest.approx(float(distance.detach()))
 
 
 def test_muon_is_not_for_points_and_patterns():

@@ -32,9 +32,7 @@ class MatchingLog:
         layer = torch.arange(len(layers), device=boxes.device)[:, None]
         for image, (query, target) in enumerate(zip(matched, targets, strict=True)):
             anchors = outputs["anchors"][layer, image, query.clamp(min=0)]
-            aims = target["boxes"][
-                :, : anchors.shape[-1]
-            ]  # only the centres, if anchors are points
+            aims = target["boxes"][:, : anchors.shape[-1]]  # centres, if the anchors are points
             distance = (anchors - aims).abs().sum(-1) * (query >= 0)  # (L, n)
             self.distance += distance.double().sum(1).cpu()
             self.num_matched += int((query[0] >= 0).sum())
