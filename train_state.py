@@ -110,7 +110,7 @@ class TrainState:
             logger.info("%s:\n%s", path, report)
         elif cfg.pretrained_backbone:
             path = cfg.backbone_weights and str(local_file(cfg.backbone_weights))
-            load_backbone(self.model.backbone[0], cfg.backbone, path, cfg.backbone_dir)
+            load_backbone(self.model.image_backbone, cfg.backbone, path, cfg.backbone_dir)
         if cfg.drop_lr_now or cfg.override_resumed_lr_drop:
             logger.info("drop_lr_now, override_resumed_lr_drop: no effect, as no run is resumed")
 

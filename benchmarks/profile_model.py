@@ -47,9 +47,11 @@ class Stages:
     def __init__(self, model: Detector):
         self.stage, self.read, self.last = "other", lambda: 0.0, 0.0
         self.spent: Counter[str] = Counter()
-        self.mark("backbone", model.backbone[0], "forward")
+        self.mark("backbone", model.image_backbone, "forward")
         self.mark("input projection", model.input_proj, "forward")
-        self.mark("encoder", model.transformer.encoder, "forward")
+        encoder = getattr(model.transformer, "encoder", None)  # Anchor DETR has layers alone
+        for part in [encoder] if encoder else model.encoder_layers:
+            self.mark("encoder", part, "forward")
         self.mark("query selection", model, "queries")
         self.mark("decoder", model, "decode")
         self.mark("class heads", model, "classify")

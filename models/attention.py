@@ -64,11 +64,11 @@ class Attention(nn.Module):
 class MultiheadAttention(Attention):
     """Attention with its input projections; parameters are named as in `nn.MultiheadAttention`."""
 
-    def __init__(self, options: ModelOptions):
+    def __init__(self, options: ModelOptions, num_inputs: int = 3):
         super().__init__(options)
         dim = options.hidden_dim
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.in_proj_weight = nn.Parameter(torch.empty(num_inputs * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(num_inputs * dim))
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

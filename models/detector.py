@@ -54,7 +54,9 @@ class Outputs(LayerOutputs, total=False):
 
     aux_outputs: list[LayerOutputs]  # of every layer but the last
     states: Tensor  # (L, B, Q, D) decoder states, from which the heads predict
-    anchors: Tensor  # (L, B, Q, 4) the boxes that the layers refine, if any, cxcywh in [0, 1]
+    anchors: (
+        Tensor  # (L, B, Q, 4) boxes, cxcywh, or points that the layers refine, if any, in [0, 1]
+    )
     encoded: Encoded
     interm_outputs: LayerOutputs  # of the selected tokens (DINO)
     enc_outputs: LayerOutputs  # of all tokens (other models with query selection)
@@ -111,8 +113,17 @@ class Detector(nn.Module):
         """Compile the backbone and the encoder's layers in place, for images of any size; `options`
         are those of `torch.compile`. Parameter names and results stay as they are."""
         # Layers share their graph, which a compiled encoder would repeat.
-        for part in (self.backbone[0], *self.transformer.encoder.layers):
+        for part in (self.image_backbone, *self.encoder_layers):
             part.compile(dynamic=True, **options)
+
+    @property
+    def image_backbone(self) -> nn.Module:
+        """The backbone without the position encoding, which most released names put beside it."""
+        return self.backbone[0]
+
+    @property
+    def encoder_layers(self) -> nn.ModuleList:
+        return self.transformer.encoder.layers
 
     def encode(self, images: NestedTensor) -> Encoded:
         raise NotImplementedError

@@ -22,6 +22,8 @@ ALIASES = {
     "label_noise_scale": "dn_label_noise_ratio",
     "box_noise_scale": "dn_box_noise_scale",
     "use_lft": "look_forward_twice",
+    "num_query_position": "num_queries",
+    "num_query_pattern": "num_patterns",
     "match_unstable_error": "log_matching",
 }
 
@@ -77,6 +79,11 @@ class ModelOptions:
     )
     num_queries: int = option(300, "number of matching queries Q", low=1)
     num_patterns: int = option(0, "dense decoders: pattern embeddings per anchor", low=0)
+    spatial_prior: str = option(
+        "learned",
+        "Anchor DETR: learned anchor points, or a square grid of about num_queries",
+        choices=["learned", "grid"],
+    )
     random_refpoints_xy: bool = option(False, "spread initial anchor centres over the image")
     pe_temperatureH: float = option(20, "position encoding temperature for y", low=1e-6)
     pe_temperatureW: float = option(20, "position encoding temperature for x", low=1e-6)

@@ -16,12 +16,13 @@ def sine_embedding(position: Tensor, dim: int, temperature: float = 10000) -> Te
 
 
 def anchor_embedding(anchors: Tensor, dim: int) -> Tensor:
-    """Sine embedding of anchors (..., 4), cxcywh in [0, 1]: (..., 4 * dim), in order y, x, w, h.
+    """Sine embedding of anchors (..., 4), cxcywh in [0, 1]: (..., 4 * dim), in order y, x, w, h; of
+    points (..., 2): (..., 2 * dim).
 
     DAB-DETR section 3.2; the first half, y and x, is what cross-attention compares with the pixels.
     """
-    x, y, w, h = (2 * math.pi * anchors.float()).unbind(-1)
-    return sine_embedding(torch.stack([y, x, w, h], dim=-1), dim).flatten(-2).to(anchors.dtype)
+    x, y, *size = (2 * math.pi * anchors.float()).unbind(-1)
+    return sine_embedding(torch.stack([y, x, *size], dim=-1), dim).flatten(-2).to(anchors.dtype)
 
 
 class SinePositionEncoding(nn.Module):

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from .anchor_detr import AnchorDETR, DNAnchorDETR
 from .backbones import find_backbone
 from .dab_detr import DABDETR, DNDETR
 from .deformable_detr import DABDeformableDETR, DeformableEncoderDNDETR, DNDeformableDETR
@@ -34,6 +35,8 @@ MODELS = {
     "deformable_detr": ModelSpec(DeformableDETR, "deformable_detr_r50"),
     "dn_deformable_detr": ModelSpec(DNOriginalDeformableDETR, "dn_deformable_detr_r50"),
     "dino": ModelSpec(DINO, "dino_4scale_r50"),
+    "anchor_detr": ModelSpec(AnchorDETR, "anchor_detr_r50_dc5"),
+    "dn_anchor_detr": ModelSpec(DNAnchorDETR, "dn_anchor_detr_r50_dc5"),
 }
 
 

@@ -35,7 +35,8 @@ class Tokens(NamedTuple):
 
 class Decoded(NamedTuple):
     """Outputs of the L layers of a decoder: states (L, B, Q, D), predicted boxes (L, B, Q, 4), and
-    the anchors (L, B, Q, 4) that they refine, if any, detached, both cxcywh in [0, 1]."""
+    the anchors (L, B, Q, 4) or points (L, B, Q, 2) that they refine, if any, detached; cxcywh in
+    [0, 1]."""
 
     states: Tensor
     boxes: Tensor

@@ -13,6 +13,7 @@ import torch
 
 from datasets.toy import make_toy_coco
 from main import main
+from models.anchor_detr import AnchorDETR
 from models.backbones import build_backbone, convnext
 from models.dab_detr import DABDETR
 from models.detr import DETR
@@ -37,6 +38,7 @@ ALL = ["--dec_layers 1", "--use_ema --eval_batch_size 2", "--accumulate 2 --batc
 ALL += ["--aux_loss FALSE", "--hidden_dim 48", "--optimizer muon"]
 CLASSES = ["--class_loss focal", "--class_loss softmax --eos_coef 0.2"]
 DENSE = ["--num_patterns 2", "--random_refpoints_xy", *CLASSES]
+ANCHOR = ["--num_patterns 2", "--spatial_prior grid"]
 DEFORMABLE = ["--query_selection static", "--query_selection pure", "--query_selection mixed"]
 DEFORMABLE += ["--look_forward_twice", "--look_forward_twice FALSE"]
 DEFORMABLE += ["--query_selection static --random_refpoints_xy"]
@@ -50,6 +52,7 @@ DENOISING += ["--dn_num_boxes mean", "--dn_num_boxes process", *WITHOUT_DENOISIN
 DENSE_MODELS = [name for name, spec in MODELS.items() if issubclass(spec.detector, DABDETR)]
 DETR_MODELS = [name for name, spec in MODELS.items() if issubclass(spec.detector, DETR)]
 REFERENCE_MODELS = [n for n, spec in MODELS.items() if issubclass(spec.detector, DeformableDETR)]
+ANCHOR_MODELS = [name for name, spec in MODELS.items() if issubclass(spec.detector, AnchorDETR)]
 PLAIN_MODELS = [name for name, spec in MODELS.items() if not spec.detector.has_denoising]
 
 
@@ -57,6 +60,7 @@ def ablations(model: str) -> list[str]:
     decoder = DENSE if model in DENSE_MODELS else DEFORMABLE
     decoder = CLASSES if model in DETR_MODELS else decoder
     decoder = REFERENCES if model in REFERENCE_MODELS else decoder
+    decoder = ANCHOR if model in ANCHOR_MODELS else decoder
     return ALL + decoder + ([] if model in PLAIN_MODELS else DENOISING)
 
 
@@ -110,7 +114,10 @@ def test_unsupported_options_are_rejected(model: str):
         rejected = ["--query_selection pure", "--query_selection mixed", "--look_forward_twice"]
     if model in DETR_MODELS:
         rejected += ["--num_patterns 2", "--random_refpoints_xy"]
-    if model in ("dab_detr", "detr"):
+    if model in ANCHOR_MODELS:
+        rejected = ["--query_selection pure", "--look_forward_twice", "--random_refpoints_xy"]
+        rejected.append("--num_patterns 0")
+    if model in ("dab_detr", "detr", "anchor_detr"):
         rejected.append("--use_dn")
     for options in rejected:
         name = options.split("--")[-1].split()[0]

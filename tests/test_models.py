@@ -320,6 +320,7 @@ def test_postprocess_with_nms():
         "dn_dab_dino_deformable_detr_r50",
         "dino_4scale_r50",
         "dn_deformable_detr_r50",
+        "anchor_detr_r50",
     ],
 )
 def test_gradient_checkpointing_changes_memory_alone(config: str):

@@ -33,7 +33,8 @@ class MatchingLog:
         for image, (query, target) in enumerate(zip(matched, targets, strict=True)):
             if "anchors" in outputs:
                 anchors = outputs["anchors"][layer, image, query.clamp(min=0)]
-                distance = (anchors - target["boxes"]).abs().sum(-1) * (query >= 0)  # (L, n)
+                aims = target["boxes"][:, : anchors.shape[-1]]  # centres, if the anchors are points
+                distance = (anchors - aims).abs().sum(-1) * (query >= 0)  # (L, n)
                 self.distance += distance.double().sum(1).cpu()
                 self.num_matched += int((query[0] >= 0).sum())
             target_of = torch.full((len(layers), logits.shape[2] + 1), -1, dtype=torch.int16)

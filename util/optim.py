@@ -16,7 +16,9 @@ LOW_RATE = re.compile("reference_points|sampling_offsets")
 
 # Muon is for weight matrices between hidden layers: not for heads, embeddings, the stem (identified
 # by the image's channels), reference points, sampling offsets and attention weights.
-NOT_HIDDEN = re.compile(f"embed|label_enc|patterns|bias_table|attention_weights|{LOW_RATE.pattern}")
+NOT_HIDDEN = re.compile(
+    rf"embed|label_enc|pattern|\.position\.|bias_table|attention_weights|{LOW_RATE.pattern}"
+)
 IMAGE_CHANNELS = 3
 MUON_RATE = 3  # relative to AdamW's learning rate; on the toy data set 5 is as good
 MUON_MOMENTUM = 0.95
@@ -138,7 +140,7 @@ def load_released_state(
 ) -> bool:
     """Load AdamW's state from a checkpoint of the released code; False if it does not fit. There,
     names without and with "backbone" make two groups, or three with `LOW_RATE`, each in the order
-    of the file's weights."""
+    of the file's weights; Anchor DETR's third is empty."""
     ours, seen = dict(model.named_parameters(remove_duplicate=False)), set()
     state = checkpoint.get("optimizer", {})
     indices = [group["params"] for group in state.get("param_groups", ())]
