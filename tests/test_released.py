@@ -118,8 +118,8 @@ def test_readme_table_of_published_runs_matches_the_configs():
         cfg = load_config(f"configs/{name}.py")
         expected = cfg.batch_size, cfg.epochs, cfg.lr_drop, cfg.lr, cfg.lr_backbone
         assert (int(images), *map(float, numbers)) == expected, name
-        of_original = name.startswith(("deformable_detr", "dn_deformable_detr"))
-        assert int(gpus) * int(images) == (32 if of_original else 16)
+        family = name.removeprefix("dn_").split("_r50")[0]
+        assert int(gpus) * int(images) == {"deformable_detr": 32, "anchor_detr": 8}.get(family, 16)
 
 
 @pytest.mark.parametrize("name", DINO_CONFIGS)
