@@ -57,7 +57,7 @@ class RowColumnAttention(MultiheadAttention):
         *heads, value = (self.split_heads(x.flatten(1, -2)) for x in projected)
         value = value.unflatten(2, memory.shape[1:3])  # (B, heads, H, W, d)
         last, first = (
-            F.dropout((q @ k.mT / q.shape[-1] ** 0.5 + m).softmax(-1), self.dropout, self.training)
+            self.dropout((q @ k.mT / q.shape[-1] ** 0.5 + m).softmax(-1))
             for q, k, m in zip(heads[:2], heads[2:], pixels.masks, strict=True)
         )
         # The longer side first, which needs less memory; an exported graph is for both cases.
