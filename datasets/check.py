@@ -125,12 +125,16 @@ def classes(splits: Mapping[str, CocoDetection]) -> list[str]:
     lines = []
     class_map = splits["train"].class_map
     width = max(map(len, class_map.names.values()))
+    owners = {
+        split: np.repeat(np.arange(len(dataset)), np.diff(dataset._offsets))
+        for split, dataset in splits.items()
+    }
     for label, name in class_map.names.items():
         cells, absent = [], []
         for split, dataset in splits.items():
             chosen = dataset._labels == label
-            owner = np.repeat(np.arange(len(dataset)), np.diff(dataset._offsets))
-            cells.append(f"{chosen.sum():7} in {len(set(owner[chosen].tolist())):6} {split} images")
+            images = len(np.unique(owners[split][chosen]))
+            cells.append(f"{chosen.sum():7} in {images:6} {split} images")
             absent += [split] * (not chosen.any())
         note = f"  none in {' and '.join(absent)}" if absent else ""
         lines.append(f"{name:{width}}  id {class_map.ids[label]:4} {''.join(cells)}{note}")

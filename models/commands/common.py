@@ -37,12 +37,16 @@ def add_detector_arguments(parser: ArgumentParser, batch_size: int = 4) -> None:
     add("--batch_size", "--eval_batch_size", type=int, default=batch_size, metavar="N", help=text)
 
 
+def config_of(args: Namespace) -> str | None:
+    """The config that -m or -c names, if any."""
+    return MODELS[args.modelname].config if args.modelname else args.config_file
+
+
 def load_checkpoint(args: Namespace, **how: Any) -> Predictor:
     """The detector of the checkpoint arguments; `how` it runs, as in `load_detector`."""
     if not args.checkpoint:
         raise UserError("name a checkpoint, a file or URL")
-    config = MODELS[args.modelname].config if args.modelname else args.config_file
-    return load_detector(args.checkpoint, config, ema=args.ema, **how)
+    return load_detector(args.checkpoint, config_of(args), ema=args.ema, **how)
 
 
 def load(args: Namespace) -> Predictor:
@@ -51,6 +55,12 @@ def load(args: Namespace) -> Predictor:
         raise UserError("batch_size: at least 1")
     device = choose_device(args.device)
     return load_checkpoint(args, device=device, half=args.half, compile=args.compile)
+
+
+def read_split(predictor: Predictor, root: Path, split: str = "val2017") -> CocoAnnotations:
+    """A split of a data set in COCO 2017's layout; see `read_annotations`."""
+    annotations = root / "annotations" / f"instances_{split}.json"
+    return read_annotations(predictor, root / split, annotations)
 
 
 def read_annotations(predictor: Predictor, images: Path, annotations: Path) -> CocoAnnotations:

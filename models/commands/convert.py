@@ -16,6 +16,7 @@ from ..conversion import SOURCES, read, released, transformers
 from ..errors import UserError
 from ..registry import MODELS
 from ..weights import write_checkpoint
+from .common import config_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--format: the authors' code does not read safetensors; name a .pth file")
     if args.to != "transformers" and output.is_dir():
         raise UserError(f"--output: {output} is a directory; name a file")
-    config = MODELS[args.modelname].config if args.modelname else args.config_file
+    config = config_of(args)
     values = read_config(config) if config else None
     checkpoint = read(args.file, args.source, values, args.ema, args.bgr)
     if args.to == "transformers":

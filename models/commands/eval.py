@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..coco import CocoAnnotations
 from ..errors import UserError, import_extra
 from ..predictor import Predictor
-from .common import add_detector_arguments, load, read_annotations
+from .common import add_detector_arguments, load, read_annotations, read_split
 
 if TYPE_CHECKING:
     from ..evaluation import CocoEvaluator
@@ -48,10 +48,9 @@ def evaluate(
 def run(args: Namespace) -> None:
     if bool(args.coco_path) == bool(args.images and args.annotations):
         raise UserError("pass either --coco_path, or --images and --annotations")
-    images, annotations = args.images, args.annotations
-    if args.coco_path:
-        images = args.coco_path / args.split
-        annotations = args.coco_path / "annotations" / f"instances_{args.split}.json"
     predictor = load(args)
-    dataset = read_annotations(predictor, images, annotations)
+    if args.coco_path:
+        dataset = read_split(predictor, args.coco_path, args.split)
+    else:
+        dataset = read_annotations(predictor, args.images, args.annotations)
     print(evaluate(predictor, dataset, args.batch_size).table(), end="")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..download import local_file
 from ..errors import UserError
-from .common import add_checkpoint_arguments, load_checkpoint, read_annotations
+from .common import add_checkpoint_arguments, load_checkpoint, read_split
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -46,10 +46,7 @@ def run(args: Namespace) -> None:
     output = args.output or checkpoint.with_suffix(FORMATS[args.format])
     if output.resolve() == checkpoint.resolve():
         raise UserError(f"output: {output} is the checkpoint itself")
-    dataset = None
-    if args.coco_path:
-        annotations = args.coco_path / "annotations" / "instances_val2017.json"
-        dataset = read_annotations(predictor, args.coco_path / "val2017", annotations)
+    dataset = read_split(predictor, args.coco_path) if args.coco_path else None
     figures = export_detector(predictor, checkpoint, output, target, dataset)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
     print("\n".join(f"  {name:18} {value:.3g}" for name, value in figures.items()))

@@ -30,7 +30,7 @@ from ..errors import UserError
 from ..images import expand, read_image
 from ..predictor import Predictor
 from ..video import SUFFIXES, Video, VideoWriter, is_video, is_webcam
-from .common import add_detector_arguments, load, read_annotations
+from .common import add_detector_arguments, load, read_split
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,8 +126,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"output: {args.output} is a video, but the source is not one video")
     predictor, dataset = load(args), None
     if args.coco_path:
-        annotations = args.coco_path / "annotations" / "instances_val2017.json"
-        dataset = read_annotations(predictor, args.coco_path / "val2017", annotations)
+        dataset = read_split(predictor, args.coco_path)
         predictor.class_map = dataset.class_map
         count = min(args.num_images, len(dataset))
         paths = [dataset.image_dir / dataset.file_name(i) for i in range(count)]
