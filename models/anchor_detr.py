@@ -247,8 +247,11 @@ class DNAnchorDETR(AnchorDETR):
         self.label_enc.requires_grad_(options.use_dn)
 
     def make_denoising(self, options: DetectorOptions) -> Callable:
-        prepare = super().make_denoising(options)
-        return partial(self.with_patterns, partial(prepare, embed_boxes=lambda b: b[:, :2]))
+        return partial(self.with_patterns, super().make_denoising(options))
+
+    def embed_boxes(self, boxes: Tensor) -> Tensor:
+        """(N, 4) -> points (N, 2)."""
+        return boxes[:, :2]
 
     def with_patterns(self, prepare: Callable, *known: object) -> tuple:
         """`prepare(*known)`, with the patterns added to the content of denoising queries."""

@@ -10,7 +10,13 @@ from typing import Any, ClassVar, TypedDict, cast
 from torch import Tensor, nn
 
 from .backbones import Backbone
-from .dn_components import Denoising, dn_post_process, prepare_for_cdn, prepare_for_dn
+from .dn_components import (
+    Denoising,
+    dn_post_process,
+    inverse_sigmoid,
+    prepare_for_cdn,
+    prepare_for_dn,
+)
 from .errors import UserError
 from .nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from .options import DetectorOptions
@@ -97,11 +103,16 @@ class Detector(nn.Module):
 
     def make_denoising(self, options: DetectorOptions) -> Callable:
         """`prepare_for_dn`, or the contrastive `prepare_for_cdn`, with the noise of the options."""
-        noise, number = self.noise(options), options.dn_number
+        number = options.dn_number
+        settings = {**self.noise(options), "embed_boxes": self.embed_boxes}
         if not options.contrastive:
-            return partial(prepare_for_dn, num_groups=number, **noise)
+            return partial(prepare_for_dn, num_groups=number, **settings)
         labels = options.num_labels  # label_enc may have more rows
-        return partial(prepare_for_cdn, num_denoising=number, num_classes=labels, **noise)
+        return partial(prepare_for_cdn, num_denoising=number, num_classes=labels, **settings)
+
+    def embed_boxes(self, boxes: Tensor) -> Tensor:
+        """Noised boxes (N, 4), cxcywh in [0, 1] -> (N, ...), the `anchors` of their queries."""
+        return inverse_sigmoid(boxes)
 
     @staticmethod
     def noise(options: DetectorOptions) -> dict[str, Any]:

@@ -4,9 +4,6 @@ Queries have no anchors: a query's position is a learned embedding that all deco
 and each layer predicts boxes without regard to the layer before.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -151,11 +148,8 @@ class DenoisingDETR(DETR):
         self.label_enc = nn.Embedding(options.num_labels + 1, dim - 1)
         self.ref_point_head = MLP(2 * dim, dim, dim, 2).requires_grad_(options.use_dn)
 
-    def make_denoising(self, options: DetectorOptions) -> Callable:
-        return partial(super().make_denoising(options), embed_boxes=self.embed_boxes)
-
     def embed_boxes(self, boxes: Tensor) -> Tensor:
-        """Boxes (N, 4), cxcywh in [0, 1], to positions (N, D)."""
+        """(N, 4) -> positions (N, D)."""
         return self.ref_point_head(anchor_embedding(boxes, self.hidden_dim // 2))
 
     def initial_content(self) -> Tensor:

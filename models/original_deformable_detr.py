@@ -8,8 +8,7 @@ in `deformable_detr.py`, have DAB-DETR's queries instead.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -169,11 +168,8 @@ class DNOriginalDeformableDETR(DeformableDETR):
         if self.selection == "static":
             self.box_pos = MLP(2 * self.dim, self.dim, self.dim, 2).requires_grad_(options.use_dn)
 
-    def make_denoising(self, options: DetectorOptions) -> Callable:
-        return partial(super().make_denoising(options), embed_boxes=self.embed_boxes)
-
     def embed_boxes(self, boxes: Tensor) -> Tensor:
-        """Noised boxes (N, 4), cxcywh in [0, 1] -> anchors (N, D + 4)."""
+        """(N, 4) -> anchors (N, D + 4)."""
         if self.selection == "static":
             position = self.box_pos(box_embedding(boxes, self.dim))
         else:
