@@ -10,7 +10,7 @@ import uuid
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -119,16 +119,23 @@ def write_checkpoint(path: Path, checkpoint: Mapping[str, Any], file_format: str
 
     A safetensors file has the weights, under one name each, and the other entries of METADATA.
     """
+    with new_file(path) as temporary, open(temporary, "xb") as file:
+        if (file_format or path.suffix[1:]) == "safetensors":
+            state = checkpoint["model"].items()
+            unique = {(t.data_ptr(), t.shape): (n, t.contiguous()) for n, t in state}
+            entries = {key: json.dumps(checkpoint[key]) for key in METADATA & checkpoint.keys()}
+            file.write(safetensors.torch.save(dict(unique.values()), entries))
+        else:
+            torch.save(dict(checkpoint), file)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a checkpoint to, which takes its place at the end. After an
+    error it is removed and the old file is intact; UserError if the file system caused it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            if (file_format or path.suffix[1:]) == "safetensors":
-                state = checkpoint["model"].items()
-                unique = {(t.data_ptr(), t.shape): (n, t.contiguous()) for n, t in state}
-                entries = {key: json.dumps(checkpoint[key]) for key in METADATA & checkpoint.keys()}
-                file.write(safetensors.torch.save(dict(unique.values()), entries))
-            else:
-                torch.save(dict(checkpoint), file)
+        yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         raise not_saved(path, error) from error

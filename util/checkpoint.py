@@ -7,7 +7,6 @@ import os
 import random
 import re
 import shutil
-import uuid
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +19,7 @@ from models.download import local_file
 from models.errors import UserError
 from models.weights import (
     load_weights,  # noqa: F401  part of the documented interface
+    new_file,
     not_saved,
 )
 
@@ -71,8 +71,7 @@ def save_checkpoint(
     this fails at the first save, not at the resume. Either error leaves the old file intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    with new_file(path) as temporary:
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of killed processes
             stale.unlink(missing_ok=True)
         with open(temporary, "xb") as file:
@@ -84,12 +83,6 @@ def save_checkpoint(
         except UserError as error:
             raise TypeError(f"{path}: not saved, as it could not be read back: {error}") from error
         _keep_previous(path, keep - 1)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise not_saved(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     with contextlib.suppress(OSError):  # unsupported on some network file systems
         directory = os.open(path.parent, os.O_RDONLY)
         try:
