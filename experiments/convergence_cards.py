@@ -11,6 +11,6 @@ experiment = Experiment(
     data="cards",
     epochs=10,
     arms=arms("toy/", deformable={"enc_layers": 2}),
-    options={**IMAGENET, "cls_loss_coef": 1.0, **SIZES, "log_matching": True, **CONSTANT_RATE},
+    options={**IMAGENET, **SIZES, "log_matching": True, **CONSTANT_RATE},
     figures=figures(layers=3),
 )

@@ -8,6 +8,7 @@ from experiments import (
     AP50,
     IMAGENET,
     TOY,
+    TOY_DEFORMABLE,
     TOY_SIZES,
     Arm,
     Experiment,
@@ -57,9 +58,8 @@ experiment = Experiment(
     title="Denoising halves the training: toy set",
     claim=CLAIM,
     data=TOY,
-    epochs=8,
-    # From random weights, so short a training ends before the curves flatten.
-    arms=arms("toy/", deformable={"batch_size": 8, "lr": 9e-4, "enc_layers": 2}),
+    epochs=6,
+    arms=arms("toy/", deformable=TOY_DEFORMABLE),
     options={**TOY_SIZES, **IMAGENET, "log_matching": True, **CONSTANT_RATE},
     figures=figures(layers=3),
 )
