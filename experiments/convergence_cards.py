@@ -1,10 +1,9 @@
 """DN-DETR, figure 1 and section 3, on 296 photos of playing cards."""
 
 from experiments import IMAGENET, Experiment
-from experiments.convergence_toy import CLAIM, arms, figures
+from experiments.convergence_toy import CLAIM, CONSTANT_RATE, arms, figures
 
 SIZES = {"data_aug_scales": [144, 160, 176], "data_aug_max_size": 256}
-SCHEDULE = {"onecyclelr": False, "lr_drop": 8}
 
 experiment = Experiment(
     title="Denoising halves the training: playing cards",
@@ -12,6 +11,6 @@ experiment = Experiment(
     data="cards",
     epochs=10,
     arms=arms("toy/", deformable={"enc_layers": 2}),
-    options={**IMAGENET, "cls_loss_coef": 1.0, **SIZES, "log_matching": True, **SCHEDULE},
+    options={**IMAGENET, **SIZES, "log_matching": True, **CONSTANT_RATE},
     figures=figures(layers=3),
 )

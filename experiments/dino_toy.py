@@ -1,6 +1,6 @@
 """DINO, table 4, on the toy set: one after the other of its three ideas."""
 
-from experiments import AP, AP50, DUPLICATES, TOY, TOY_SIZES, Arm, Experiment
+from experiments import AP, AP50, DUPLICATES, IMAGENET, TOY, TOY_SIZES, Arm, Experiment
 
 CLAIM = (
     "DINO (table 4): pure query selection, then mixed selection, contrastive denoising and look "
@@ -32,6 +32,6 @@ experiment = Experiment(
     data=TOY,
     epochs=6,
     arms=arms("toy/dino"),
-    options={**TOY_SIZES, "save_results": True},
+    options={**TOY_SIZES, **IMAGENET, "save_results": True},
     figures=[AP, AP50, DUPLICATES],
 )
