@@ -59,8 +59,9 @@ def randomise(model: nn.Module) -> None:
         if "running" in name:
             tensor.add_(0.2 * torch.rand_like(tensor))
         elif tensor.is_floating_point():
-            is_varied = re.search("refpoint|query_position|pos_trans", name)
-            tensor.add_((1 if is_varied else 0.05) * torch.randn_like(tensor))
+            scale = 0.2 if "bbox_predictor" in name else 0.05
+            scale = 1 if re.search("refpoint|query_position|pos_trans", name) else scale
+            tensor.add_(scale * torch.randn_like(tensor))
 
 
 def batch() -> NestedTensor:

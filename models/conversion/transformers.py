@@ -209,7 +209,8 @@ def read(path: Path, checkpoint: dict[str, Any], config: dict[str, Any]) -> dict
     model, *_ = build_model(options)
     is_resnet = any(name.startswith(f"{BODY}embedder.") for name in state)
     ours = {their: name for name, their in names_of(model.state_dict(), kind, is_resnet).items()}
-    return assemble({ours.get(n, n): tensor for n, tensor in state.items()}, values, class_map)
+    state = {ours.get(name, name): tensor for name, tensor in state.items()}
+    return assemble(state, values, class_map)
 
 
 def names_of(names: Iterable[str], kind: Kind, is_resnet: bool = False) -> dict[str, str]:
