@@ -668,6 +668,9 @@ def test_unknown_names_and_shapes(tmp_path, capsys):
         "mismatched label_enc.weight": good | {"label_enc.weight": torch.zeros(7, D)},
         "differs from another tensor that is class_embed.0.weight": good
         | linear("transformer.decoder.class_embed.0", 80, D),
+        "it does not fit detr: unexpected a": mmdet_detr() | {"a": torch.zeros(1)},
+        "in two stages needs with_box_refine": mmdet_two_stage()
+        | {k.replace("s.0", f"s.{i}", 1): v for k, v in mmdet_heads(1).items() for i in range(3)},
         "it has no ResNet 18, 34, 50 or 101": {
             k: v for k, v in good.items() if not k.startswith("backbone.res4.1")
         },

@@ -2,9 +2,9 @@
 `DeformableDetrForObjectDetection` to this project's and back, as directories that `save_pretrained`
 writes and models load.
 
-Denoising is lost: of DN-DETR the label embedding becomes a pattern of a DAB-DETR, and its form of
-Deformable DETR needs none to predict. Outputs are equal; with a backbone timm/NAME, which pads
-images here, where sides are multiples of 32.
+DN-DETR goes there as a DAB-DETR, with its label embedding as a pattern; Deformable DETR with
+denoising as one without. Outputs are equal; with a backbone timm/NAME, which pads images here,
+where sides are multiples of 32.
 """
 
 import dataclasses
@@ -115,9 +115,9 @@ DEFORMABLE_OPTIONS = {
 
 
 class Kind(NamedTuple):
-    """A detector of transformers: its class, without "ForObjectDetection", the class of its images'
-    processor, its published config here, the names of its parameters, the prefix of those of timm's
-    backbones, and its options."""
+    """A detector of transformers: its class, without "ForObjectDetection", and its processor's,
+    without "ImageProcessor"; its published config here; the names of its parameters, and the prefix
+    of those of timm's backbones; its options beside `OPTIONS`."""
 
     name: str
     processor: str
