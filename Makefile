@@ -2,6 +2,7 @@
 # make test    install, run every test
 # make zoo     train a small model of every kind, and print what they reach: under two hours
 # make evidence    run all comparisons of experiments/ that need no COCO: hours; see docs/RESULTS.md
+# make notebook    run notebooks/tour.ipynb as it is in the repository
 # make op      compile deformable attention, for the CPU and for CUDA where its toolkit is
 # make gpu     on a machine with a GPU: try and measure there whatever needs one, in nine minutes
 # make lint    check formatting, style and types
@@ -19,7 +20,7 @@ OUT := outputs/demo
 CPU_OP := ops/libms_deform_attn_cpu.so
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: demo zoo evidence test op gpu lint docs clean
+.PHONY: demo zoo evidence test notebook op gpu lint docs clean
 
 $(VENV)/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,6 +59,9 @@ evidence: $(VENV)/.installed-dev $(CPU_OP)
 
 test: $(VENV)/.installed-dev $(CPU_OP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+
+notebook: $(VENV)/.installed-dev $(CPU_OP)
+	$(BIN)/python -m pytest --nbmake notebooks
 
 gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py

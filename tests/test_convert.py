@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
+    AutoModelForObjectDetection,
+    ConditionalDetrConfig,
     DabDetrConfig,
-    DabDetrForObjectDetection,
     DeformableDetrConfig,
+    DetrConfig,
+    PreTrainedModel,
     ResNetConfig,
 )
 
@@ -55,7 +59,9 @@ def randomise(model: nn.Module) -> None:
         if "running" in name:
             tensor.add_(0.2 * torch.rand_like(tensor))
         elif tensor.is_floating_point():
-            tensor.add_((1 if "refpoint" in name else 0.05) * torch.randn_like(tensor))
+            scale = 0.2 if "bbox_predictor" in name else 0.05
+            scale = 1 if re.search("refpoint|query_position|pos_trans", name) else scale
+            tensor.add_(scale * torch.randn_like(tensor))
 
 
 def batch() -> NestedTensor:
@@ -66,24 +72,38 @@ def batch() -> NestedTensor:
 
 
 class TestTransformers:
-    @pytest.fixture(params=["timm", "patterns", "resnet", "dilated"])
-    def theirs(self, request, tmp_path) -> DabDetrForObjectDetection:
-        """A random model, saved in tmp_path / "theirs"."""
-        torch.manual_seed(0)
-        resnet = ResNetConfig(
+    @staticmethod
+    def resnet(*stages: int) -> ResNetConfig:
+        return ResNetConfig(
             layer_type="basic",
             depths=[2, 2, 2, 2],
             hidden_sizes=[64, 128, 256, 512],
-            out_features=["stage4"],
+            out_features=[f"stage{i}" for i in stages],
         )
-        special = {
-            "timm": {"backbone": "resnet18", "id2label": dict(enumerate(NAMES))},
-            "patterns": {"backbone": "resnet10t", "num_patterns": 2, "temperature_width": 30},
-            "resnet": {"backbone_config": resnet, "activation_function": "relu"},
-            "dilated": {"backbone": "resnet50", "dilation": True},
-        }[request.param]
-        config = DabDetrConfig(
-            hidden_size=D,
+
+    named = {"backbone": "resnet18", "id2label": dict(enumerate(NAMES))}
+    dab = partial(DabDetrConfig, hidden_size=D)
+    deformable = partial(DeformableDetrConfig, d_model=64)  # GroupNorm has 32 groups
+    refining = partial(deformable, with_box_refine=True)
+    selecting = partial(refining, two_stage=True, two_stage_num_proposals=QUERIES)
+    VARIANTS = {
+        "timm": partial(dab, **named),
+        "patterns": partial(dab, backbone="resnet10t", num_patterns=2, temperature_width=30),
+        "resnet": partial(dab, backbone_config=resnet(4), activation_function="relu"),
+        "dilated": partial(dab, backbone="resnet50", dilation=True),
+        "detr": partial(DetrConfig, d_model=D, **named, activation_function="prelu"),
+        "deformable": partial(deformable, **named),
+        "one level": partial(deformable, backbone="resnet18", num_feature_levels=1),
+        "refining": partial(refining, backbone="resnet18", encoder_n_points=3, decoder_n_points=2),
+        "selecting": partial(selecting, backbone="resnet18", num_feature_levels=3),
+        "selecting resnet": partial(selecting, backbone_config=resnet(3, 4)),
+    }
+
+    @pytest.fixture(params=VARIANTS)
+    def theirs(self, request, tmp_path) -> PreTrainedModel:
+        """A random model, saved in tmp_path / "theirs"."""
+        torch.manual_seed(0)
+        config = self.VARIANTS[request.param](
             encoder_layers=1,
             decoder_layers=2,
             encoder_attention_heads=4,
@@ -91,12 +111,12 @@ class TestTransformers:
             encoder_ffn_dim=HIDDEN,
             decoder_ffn_dim=HIDDEN,
             num_queries=QUERIES,
-            **{"num_labels": 5} | special,
+            **{} if "id2label" in self.VARIANTS[request.param].keywords else {"num_labels": 5},
         )
-        model = DabDetrForObjectDetection(config)
+        model = AutoModelForObjectDetection.from_config(config)
         randomise(model)
         model.save_pretrained(tmp_path / "theirs")
-        return DabDetrForObjectDetection.from_pretrained(tmp_path / "theirs").eval()
+        return AutoModelForObjectDetection.from_pretrained(tmp_path / "theirs").eval()
 
     def test_equal_outputs_there_and_back(self, theirs, tmp_path):
         images = batch()
@@ -105,7 +125,8 @@ class TestTransformers:
         assert convert(tmp_path / "theirs", ours) == 0
         detector = load_detector(ours)
         assert convert(ours, back, "--to", "transformers") == 0
-        again = DabDetrForObjectDetection.from_pretrained(back).eval()
+        again = AutoModelForObjectDetection.from_pretrained(back).eval()
+        assert type(again) is type(theirs)
         state, other = theirs.state_dict(), again.state_dict()
         if theirs.config.backbone_config.model_type == "timm_backbone":  # back it always is
             assert state.keys() == other.keys()
@@ -120,49 +141,71 @@ class TestTransformers:
         if theirs.config.num_labels == len(NAMES):  # of N/A there are no detections
             assert detector.class_map.names == dict(enumerate(NAMES[:-1]))
 
-    def test_images_through_its_processor(self, small, tmp_path):
-        """From images to boxes in pixels, of a DN-DETR, whose label embedding becomes a pattern."""
+    @pytest.mark.parametrize(
+        ("name", "flags"),
+        [
+            ("dn_dab_detr", ["--num_patterns", "2"]),
+            ("detr", []),
+            ("dn_deformable_detr", ["--hidden_dim", "64"]),
+        ],
+    )
+    def test_images_through_its_processor(self, name, flags, small, tmp_path):
+        """From images to boxes in pixels. DN-DETR's label embedding becomes a pattern; class heads
+        of Deformable DETR that differ are kept."""
         source, there = tmp_path / "ours.pth", tmp_path / "there"
-        make_state(small, "dn_dab_detr", "--num_patterns", "2").save(source)
+        make_state(small, name, *flags).save(source)
         assert convert(source, there, "--to", "transformers") == 0
-        model = DabDetrForObjectDetection.from_pretrained(there).eval()
+        model = AutoModelForObjectDetection.from_pretrained(there).eval()
         processor = AutoImageProcessor.from_pretrained(there)
         image = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8)
         detector = load_detector(source)
         expected = detector.predict([image], threshold=0)[0]
         with torch.no_grad():
             outputs = model(**processor(image, return_tensors="pt"))
-        (found,) = processor.post_process_object_detection(outputs, 0, [(64, 64)], top_k=20)
-        torch.testing.assert_close(found["scores"], expected["scores"][:20], rtol=0, atol=1e-4)
-        names = [model.config.id2label[label] for label in found["labels"].tolist()]
-        assert names == [detector.class_map.names[n] for n in expected["labels"][:20].tolist()]
-        content = model.state_dict()["model.patterns.weight"]
-        state = read_checkpoint(source)["model"]
-        label = with_indicator(state["label_enc.weight"][-1:], content.shape[1], 0.0)
-        assert torch.equal(content, label + state["transformer.patterns.weight"])
+        (found,) = processor.post_process_object_detection(outputs, 0, [(64, 64)])
+        best = found["scores"].sort(descending=True).indices[:20]
+        number = len(best)
+        scores, labels = expected["scores"][:number], expected["labels"][:number].tolist()
+        torch.testing.assert_close(found["scores"][best], scores, rtol=0, atol=1e-4)
+        names = [model.config.id2label[label] for label in found["labels"][best].tolist()]
+        assert names == [detector.class_map.names[label] for label in labels]
+        theirs, state = model.state_dict(), read_checkpoint(source)["model"]
+        if name == "dn_dab_detr":
+            content = theirs["model.patterns.weight"]
+            label = with_indicator(state["label_enc.weight"][-1:], content.shape[1], 0.0)
+            assert torch.equal(content, label + state["transformer.patterns.weight"])
+        if name == "dn_deformable_detr":
+            heads = [n for n in state if n.startswith("class_embed.")]
+            assert all(torch.equal(theirs[n], state[n]) for n in heads)
+            assert not torch.equal(state[heads[0]], state[heads[2]])
         assert convert(there, tmp_path / "back.pth") == 0
         back = load_detector(tmp_path / "back.pth")
         assert (back.size, back.max_size) == (detector.size, detector.max_size) == (64, 64)
 
     def test_what_has_no_counterpart(self, tmp_path, capsys):
         output = tmp_path / "out.pth"
-        DeformableDetrConfig().save_pretrained(tmp_path / "deformable")
-        save_file({"a": torch.zeros(1)}, tmp_path / "deformable" / "model.safetensors")
-        error = error_of(capsys, tmp_path / "deformable", output)
-        assert "no detector here corresponds to 'deformable_detr', only to 'dab-detr'" in error
-        file = tmp_path / "deformable" / "config.json"
+        source = tmp_path / "conditional"
+        ConditionalDetrConfig().save_pretrained(source)
+        save_file({"a": torch.zeros(1)}, source / "model.safetensors")
+        assert (
+            "no detector here corresponds to 'conditional_detr', only to dab-detr, detr, deformable"
+            in error_of(capsys, source, output)
+        )
+        file = source / "config.json"
         for content, expected in (
             ({"normalize_before": True}, "normalize_before: True is not supported, only False"),
             ({"encoder_ffn_dim": 3}, "ffn_dim of encoder and decoder differ"),
             ({"backbone_config": {"model_type": "swin"}}, "backbone_config: only timm's models"),
+            ({"model_type": "detr", "position_embedding_type": "learned"}, "only 'sine'"),
+            ({"model_type": "deformable_detr", "d_model": 32}, "hidden_dim: in transformers it is"),
             ({}, "it does not fit dab_detr: unexpected a; missing "),
         ):
             file.write_text(json.dumps({"model_type": "dab-detr", "id2label": {}} | content))
-            assert expected in error_of(capsys, tmp_path / "deformable", output)
+            assert expected in error_of(capsys, source, output)
         file.write_text("{")
-        assert "config.json: no JSON" in error_of(capsys, tmp_path / "deformable", output)
+        assert "config.json: no JSON" in error_of(capsys, source, output)
         file.unlink()
-        assert "config.json" in error_of(capsys, tmp_path / "deformable", output)
+        assert "config.json" in error_of(capsys, source, output)
 
 
 # The names and shapes of other projects' files, as their modules make them.
@@ -326,24 +369,6 @@ def detrex_dn() -> dict[str, Tensor]:
     return detrex_dab() | {"denoising_generator.label_encoder.weight": torch.randn(81, D - 1)}
 
 
-def mmdet_dino() -> dict[str, Tensor]:
-    state = mmdet_backbone() | neck("gn") | {"level_embed": torch.randn(4, D)}
-    state |= deformable("encoder.layers.0.self_attn", 4) | feed_forward("encoder.layers.0.ffn")
-    state |= norm("encoder.layers.0.norms.0") | norm("encoder.layers.0.norms.1")
-    for i in range(2):
-        layer = f"decoder.layers.{i}"
-        state |= attention(f"{layer}.self_attn.attn") | deformable(f"{layer}.cross_attn", 4)
-        state |= feed_forward(f"{layer}.ffn")
-        state |= {k: v for n in range(3) for k, v in norm(f"{layer}.norms.{n}").items()}
-    state |= norm("decoder.norm") | mlp("decoder.ref_point_head.layers", 2 * D, D, D)
-    state |= linear("memory_trans_fc", D, D) | norm("memory_trans_norm")
-    for i in range(3):
-        state |= linear(f"bbox_head.cls_branches.{i}", 80, D)
-        state |= mlp(f"bbox_head.reg_branches.{i}", D, D, D, 4, step=2)
-    state["query_embedding.weight"] = torch.randn(QUERIES, D)
-    return state | {"dn_query_generator.label_embedding.weight": torch.randn(80, D)}
-
-
 def mmdet_dab() -> dict[str, Tensor]:
     state = mmdet_backbone() | linear("neck.convs.0.conv", D, 512, 1, 1)
     layer = "encoder.layers.0"
@@ -366,8 +391,69 @@ def mmdet_dab() -> dict[str, Tensor]:
     return state | {"query_embedding.weight": torch.randn(QUERIES, 4)}
 
 
+def mmdet_transformer(is_deformable: bool) -> dict[str, Tensor]:
+    """Encoder and decoder of DETR and of Deformable DETR."""
+    attend = partial(deformable, levels=4) if is_deformable else attention
+    encoder, joined = "encoder.layers.0", "" if is_deformable else ".attn"
+    state = attend(f"{encoder}.self_attn{joined}") | feed_forward(f"{encoder}.ffn")
+    state |= norm(f"{encoder}.norms.0") | norm(f"{encoder}.norms.1")
+    for i in range(2):
+        layer = f"decoder.layers.{i}"
+        state |= attention(f"{layer}.self_attn.attn") | attend(f"{layer}.cross_attn{joined}")
+        state |= feed_forward(f"{layer}.ffn")
+        state |= {k: v for n in range(3) for k, v in norm(f"{layer}.norms.{n}").items()}
+    return state
+
+
+def mmdet_detr() -> dict[str, Tensor]:
+    state = mmdet_backbone() | linear("neck.convs.0.conv", D, 512, 1, 1)
+    state |= mmdet_transformer(is_deformable=False) | norm("decoder.post_norm")
+    state |= linear("bbox_head.reg_ffn.layers.0.0", D, D) | linear(
+        "bbox_head.reg_ffn.layers.1", D, D
+    )
+    state |= linear("bbox_head.fc_cls", 81, D) | linear("bbox_head.fc_reg", 4, D)
+    return state | {"query_embedding.weight": torch.randn(QUERIES, D)}
+
+
+def mmdet_heads(number: int) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for i in range(number):
+        state |= linear(f"bbox_head.cls_branches.{i}", 80, D)
+        state |= mlp(f"bbox_head.reg_branches.{i}", D, D, D, 4, step=2)
+    return state
+
+
+def mmdet_refine() -> dict[str, Tensor]:
+    state = mmdet_backbone() | neck("gn") | {"level_embed": torch.randn(4, D)} | mmdet_heads(2)
+    state |= mmdet_transformer(is_deformable=True) | linear("reference_points_fc", 2, D)
+    return state | {"query_embedding.weight": torch.randn(QUERIES, 2 * D)}
+
+
+def mmdet_plain() -> dict[str, Tensor]:
+    heads = mmdet_heads(1)
+    return mmdet_refine() | heads | {k.replace("s.0.", "s.1.", 1): v for k, v in heads.items()}
+
+
+def mmdet_two_stage() -> dict[str, Tensor]:
+    learned = ("reference_points_fc", "query_embedding")
+    state = {k: v for k, v in mmdet_refine().items() if not k.startswith(learned)}
+    state |= mmdet_heads(3) | linear("memory_trans_fc", D, D) | norm("memory_trans_norm")
+    return state | linear("pos_trans_fc", 2 * D, 2 * D) | norm("pos_trans_norm", 2 * D)
+
+
+def mmdet_dino() -> dict[str, Tensor]:
+    state = mmdet_refine() | mmdet_heads(3) | norm("decoder.norm")
+    del state["reference_points_fc.weight"], state["reference_points_fc.bias"]
+    state |= mlp("decoder.ref_point_head.layers", 2 * D, D, D)
+    state |= linear("memory_trans_fc", D, D) | norm("memory_trans_norm")
+    state["query_embedding.weight"] = torch.randn(QUERIES, D)
+    return state | {"dn_query_generator.label_embedding.weight": torch.randn(80, D)}
+
+
 FILES = {
     "dino": (detrex_dino, mmdet_dino),
+    "detr": (mmdet_detr,),
+    "deformable_detr": (mmdet_plain, mmdet_refine, mmdet_two_stage),
     "dab_detr": (detrex_dab, mmdet_dab),
     "dn_dab_detr": (detrex_dn,),
     "dab_deformable_detr": (detrex_dab_deformable,),
@@ -383,14 +469,15 @@ def test_a_file_of_detrex_or_mmdetection_becomes_a_detector(model, make, tmp_pat
     torch.manual_seed(0)
     theirs, source, output = make(), tmp_path / "theirs.pth", tmp_path / "ours.pth"
     is_detrex = make.__name__.startswith("detrex")
-    torch.save({"model": theirs} if is_detrex else {"meta": {}, "state_dict": theirs}, source)
+    meta = {"cfg": f"model = dict(num_queries={QUERIES})"}  # in two stages no weight tells it
+    torch.save({"model": theirs} if is_detrex else {"meta": meta, "state_dict": theirs}, source)
     assert convert(source, output) == 0
     config, ours = (read_checkpoint(output)[key] for key in ("config", "model"))
     assert (config["modelname"], config["backbone"]) == (model, "resnet18")
     sizes = {"num_queries": QUERIES, "hidden_dim": D, "enc_layers": 1, "dec_layers": 2}
     assert config.items() >= sizes.items()
-    deformable_detrex = is_detrex and "dab_detr" not in model
-    positions = (10000, -0.5) if deformable_detrex else (20, 0)
+    of_deformable = model == "deformable_detr" or (is_detrex and "dab_detr" not in model)
+    positions = (10000, -0.5) if of_deformable else (10000 if model == "detr" else 20, 0)
     assert (config["pe_temperatureW"], config["pe_offset"]) == positions
     sums = lambda state: sorted({round(t.double().sum().item(), 4) for t in state.values()})
     padded = {"label_enc.weight"} if model == "dino" else set()
@@ -400,6 +487,10 @@ def test_a_file_of_detrex_or_mmdetection_becomes_a_detector(model, make, tmp_pat
     detector = load_detector(output)
     assert list(detector.class_map.ids.values()) == sorted(COCO_IDS)
     assert list(detector.class_map.names.values()) == COCO_NAMES
+    if model == "deformable_detr":
+        name = make.__name__
+        assert config["with_box_refine"] == (name != "mmdet_plain")
+        assert (config["query_selection"] == "pure") == (name == "mmdet_two_stage")
     (found,) = detector.predict([torch.randint(0, 255, (3, 64, 96), dtype=torch.uint8)], 0.0)
     assert found["boxes"].isfinite().all() and len(found["scores"]) > 0
     assert not padded or len(ours["label_enc.weight"]) == 81
@@ -577,6 +668,9 @@ def test_unknown_names_and_shapes(tmp_path, capsys):
         "mismatched label_enc.weight": good | {"label_enc.weight": torch.zeros(7, D)},
         "differs from another tensor that is class_embed.0.weight": good
         | linear("transformer.decoder.class_embed.0", 80, D),
+        "it does not fit detr: unexpected a": mmdet_detr() | {"a": torch.zeros(1)},
+        "in two stages needs with_box_refine": mmdet_two_stage()
+        | {k.replace("s.0", f"s.{i}", 1): v for k, v in mmdet_heads(1).items() for i in range(3)},
         "it has no ResNet 18, 34, 50 or 101": {
             k: v for k, v in good.items() if not k.startswith("backbone.res4.1")
         },

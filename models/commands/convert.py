@@ -1,6 +1,6 @@
-"""Convert a checkpoint of transformers (DAB-DETR), MMDetection (DAB-DETR, DINO) or detrex (these,
-DN-DETR, DAB- and DN-Deformable-DETR) to this project's, which contains config and classes; or this
-project's to transformers or to the format of the authors' code.
+"""Convert a checkpoint of transformers (DETR, DAB-DETR, Deformable DETR), MMDetection (these, DINO)
+or detrex (DAB-DETR, DN-DETR, DAB- and DN-Deformable-DETR, DINO) to this project's, which contains
+config and classes; or this project's to transformers or to the format of the authors' code.
 
 example:
   dn-dino convert dino_r50_4scale_12ep.pth --output dino.safetensors

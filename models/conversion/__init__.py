@@ -2,7 +2,8 @@
 transformers' and the authors'. A module for each; none of these projects is imported.
 
 transformers and, in part, MMDetection clamp boxes at 1e-5 before the inverse sigmoid, models here
-at 1e-3: predictions differ where a side or coordinate is less than a thousandth of the image.
+at 1e-3, except for Deformable DETR: predictions differ where a side or coordinate is less than a
+thousandth of the image.
 """
 
 from importlib import import_module

@@ -24,6 +24,7 @@ RESNETS: dict[tuple[str, tuple[int, ...]], str] = {  # kind and number of the bl
     ("bottleneck", (3, 4, 23, 3)): "resnet101",
 }
 STEMS = "backbone.0.body.conv1.weight", "backbone.0.patch_embed.proj.weight"
+LAST_LAYER = r"bbox_embed\.\d+\.layers\.2\.weight"  # of the box heads
 Rules = Sequence[tuple[str, str]]  # regular expressions and replacements, applied in turn
 FEED_FORWARD: Rules = (  # detrex and MMDetection both follow MMCV
     (r"\.ffn(s\.0)?\.layers\.0\.0\.", ".linear1."),
@@ -82,12 +83,15 @@ def options_of(
     they are none of the detectors here."""
     shapes = {name: tensor.shape for name, tensor in state.items()}
     is_deformable, has_labels = "transformer.level_embed" in shapes, "label_enc.weight" in shapes
-    name = "dab_deformable_detr" if is_deformable else "dab_detr"
+    selects = "transformer.pos_trans.weight" in shapes  # its queries, among the tokens
+    queries = "query_embed.weight" if "query_embed.weight" in shapes else "refpoint_embed.weight"
+    name = "deformable_detr" if is_deformable else "detr"
+    name = name if selects or queries == "query_embed.weight" else f"dab_{name}"
     name = f"dn_{name}" if has_labels else name
     name = "dino" if "transformer.enc_out_class_embed.weight" in shapes else name
     values = read_config(find_model(name).config) | defaults | config
     layer, num_heads = "transformer.decoder.layers.0", values.get("nheads", 8)
-    queries = "transformer.tgt_embed.weight" if name == "dino" else "refpoint_embed.weight"
+    queries = "transformer.tgt_embed.weight" if name == "dino" else queries
     try:
         backbone, channels = backbone_of(shapes)
         width, hidden = shapes[f"{layer}.linear2.weight"]
@@ -98,14 +102,19 @@ def options_of(
             "dim_feedforward": hidden,
             "enc_layers": count(shapes, r"transformer\.encoder\.layers"),
             "dec_layers": count(shapes, r"transformer\.decoder\.layers"),
-            "num_queries": shapes[queries][0],
             "num_patterns": shapes.get("transformer.patterns.weight", [0])[0],
             # Other projects have a head for each layer.
             "dec_pred_class_embed_share": False,
             "dec_pred_bbox_embed_share": False,
         }
+        if not selects:
+            values["num_queries"] = shapes[queries][0]
         if f"{layer}.activation.weight" in shapes:
             values["transformer_activation"] = "prelu"
+        if name == "deformable_detr":  # without refinement the box heads are one
+            last = [t for n, t in state.items() if re.fullmatch(LAST_LAYER, n)]
+            values["with_box_refine"] = any(not torch.equal(t, last[0]) for t in last)
+            values["query_selection"] = "pure" if selects else "static"
         if is_deformable:
             levels = shapes["transformer.level_embed"][0]
             convs = [shapes[f"input_proj.{i}.0.weight"] for i in range(levels)]
@@ -160,5 +169,5 @@ def assemble(
 def pad_labels(state: dict[str, Tensor], num_classes: int) -> None:
     """DINO's label embedding has one row more here than in other projects; it is never used."""
     name = "label_enc.weight"
-    if "transformer.enc_output.weight" in state and len(state[name]) == num_classes:
+    if "transformer.enc_output.weight" in state and len(state.get(name, ())) == num_classes:
         state[name] = torch.cat([state[name], torch.zeros_like(state[name][:1])])

@@ -1,4 +1,4 @@
-"""MMDetection 3: DAB-DETR and DINO, with ResNets and Swin Transformers.
+"""MMDetection 3: DETR, DAB-DETR, Deformable DETR and DINO, with ResNets and Swin Transformers.
 
 Its files contain their config as Python text, which is parsed and never executed; where it is
 missing, the settings are those of its own configs.
@@ -45,39 +45,58 @@ NAMES: Rules = (
 )
 DENSE: Rules = (
     (r"^neck\.convs\.0\.conv\.", "input_proj."),
-    (r"^query_embedding\.", "refpoint_embed."),
     (r"^bbox_head\.fc_cls\.", "class_embed."),
+)
+DETR: Rules = (
+    *DENSE,
+    (r"^query_embedding\.", "query_embed."),
+    (r"^bbox_head\.reg_ffn\.layers\.0\.0\.", "bbox_embed.layers.0."),
+    (r"^bbox_head\.reg_ffn\.layers\.1\.", "bbox_embed.layers.1."),
+    (r"^bbox_head\.fc_reg\.", "bbox_embed.layers.2."),
+    (r"\.cross_attn\.attn\.", ".multihead_attn."),
+)
+DAB: Rules = (
+    *DENSE,
+    (r"^query_embedding\.", "refpoint_embed."),
     (r"^bbox_head\.fc_reg\.", "bbox_embed."),
     (r"(decoder.*)\.self_attn\.(?!out_proj)", r"\1.sa_"),
     (r"(decoder.*)\.cross_attn\.(?!out_proj)", r"\1.ca_"),
 )
-DINO: Rules = (
-    (r"^query_embedding\.", "transformer.tgt_embed."),
+DEFORMABLE: Rules = (
+    (r"^query_embedding\.", "query_embed."),
+    (r"^(pos_trans|reference_points)_fc\.", r"transformer.\1."),
+    (r"^pos_trans_norm\.", "transformer.pos_trans_norm."),
     (r"^bbox_head\.cls_branches\.", "class_embed."),
     *(
         (rf"^bbox_head\.reg_branches\.(\d+)\.{2 * i}\.", rf"bbox_embed.\1.layers.{i}.")
         for i in range(3)
     ),
 )
+DINO: Rules = ((r"^query_embedding\.", "transformer.tgt_embed."), *DEFORMABLE)
 
 
 def read(path: Path, checkpoint: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """See `conversion.read`."""
     theirs, meta = state_dict_of(checkpoint, "it"), dict_at(checkpoint, "meta")
     settings = model_settings(meta.get("cfg"))
-    is_dino, layers = "level_embed" in theirs, count(theirs, r"decoder\.layers")
-    rules = [*NAMES, *FEED_FORWARD, *norm_rules(is_dino), *(DINO if is_dino else DENSE)]
-    rules += [*neck_rules(theirs, "gn")]
-    rules += [(rf"^(class|bbox)_embed\.{layers}\.", r"transformer.enc_out_\1_embed.")]
+    is_deformable, is_detr = "level_embed" in theirs, "bbox_head.reg_ffn.layers.1.weight" in theirs
+    is_dino = "dn_query_generator.label_embedding.weight" in theirs
+    kind = (DINO if is_dino else DEFORMABLE) if is_deformable else DETR if is_detr else DAB
+    rules = [*NAMES, *FEED_FORWARD, *norm_rules(is_deformable), *kind, *neck_rules(theirs, "gn")]
+    if is_dino:
+        layers = count(theirs, r"decoder\.layers")
+        rules += [(rf"^(class|bbox)_embed\.{layers}\.", r"transformer.enc_out_\1_embed.")]
     state = rename(theirs, rules)
     for name in list(state):
         if ".downsample." in name and name.startswith("backbone.0.layers."):
             state[name] = reorder_merged(state[name])
-    num_classes = num_classes_of(state) or 1
+    num_classes = num_classes_of(state, "softmax" if is_detr else "focal") or 1
     pad_labels(state, num_classes)
     convert_input(state, settings)
     attention = dict_at(settings, "encoder", "layer_cfg", "self_attn_cfg")
     defaults = {"nheads": attention.get("num_heads", 8)} | positions(settings)
+    if queries := settings.get("num_queries", settings.get("num_query")):
+        defaults["num_queries"] = queries
     data = dict_at(meta, "dataset_meta")
     names: Any = data.get("classes") or data.get("CLASSES") or ()
     is_known = len(names) == num_classes
@@ -113,11 +132,13 @@ def model_settings(text: Any) -> dict[str, Any]:
 
 
 def positions(settings: dict[str, Any]) -> dict[str, Any]:
-    """The options of a `SinePositionalEncoding` with `normalize`."""
+    """The options of a `SinePositionalEncoding` with `normalize`, if there is one."""
     encoding = dict_at(settings, "positional_encoding")
+    if not encoding:
+        return {}
     if not encoding.get("normalize", True) or "scale" in encoding:
         raise UserError("positional_encoding: normalize=False and scale are not supported")
-    temperature = encoding.get("temperature", 20)
+    temperature = encoding.get("temperature", 10000)
     options = {"pe_temperatureH": temperature, "pe_temperatureW": temperature}
     return options | {"pe_offset": encoding.get("offset", 0.0)}
 

@@ -1,40 +1,48 @@
-"""transformers 5: `DabDetrForObjectDetection` to DAB-DETR and back, as directories that
-`save_pretrained` writes. DN-DETR can go there, where its label embedding is a pattern.
+"""transformers 5: `DetrForObjectDetection`, `DabDetrForObjectDetection` and
+`DeformableDetrForObjectDetection` to this project's and back, as directories that `save_pretrained`
+writes and models load.
 
-Outputs are equal; with a backbone timm/NAME, which pads images here, where sides are multiples of
-32. Its `DeformableDetr` has queries that are no anchors, which no detector here has.
+DN-DETR goes there as a DAB-DETR, with its label embedding as a pattern; Deformable DETR with
+denoising as one without. Outputs are equal; with a backbone timm/NAME, which pads images here,
+where sides are multiples of 32.
 """
 
 import dataclasses
 import json
+import re
 import shutil
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..backbones.timm_model import PREFIX
-from ..build import build_model, read_config
+from ..build import build_model, load_options, read_config
 from ..class_map import ClassMap
 from ..dn_components import with_indicator
 from ..errors import UserError
 from ..options import DetectorOptions
 from ..predictor import Predictor
 from ..weights import STEP_COUNTER, load_weights, not_saved, read_checkpoint
-from .common import RESNETS, Rules, assemble, new_name, rename
+from .common import RESNETS, Rules, assemble, new_name
 
 BODY = "model.backbone.conv_encoder.model."
-# From this project's names.
+# From this project's names to those in files, from which the modules of transformers may differ.
 NAMES: Rules = (
-    (r"^(transformer\.decoder\.)?bbox_embed\.", "bbox_predictor."),
-    (r"^input_proj\.", "model.input_projection."),
-    (r"^refpoint_embed\.", "model.query_refpoint_embeddings."),
     (r"^transformer\.", "model."),
     (r"(encoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
-    (r"(encoder\.layers\.\d+)\.(norm2|linear|activation)", r"\1.mlp.\2"),
+    (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.final_layer_norm."),
+    (r"\.linear([12])\.", r".fc\1."),
+    (r"\.decoder\.norm\.", ".decoder.layernorm."),
+)
+DAB: Rules = (
+    (r"^bbox_embed\.", "bbox_predictor."),
+    (r"^input_proj\.", "model.input_projection."),
+    (r"^refpoint_embed\.", "model.query_refpoint_embeddings."),
     (r"(decoder\.layers\.\d+)\.(norm3|linear|activation)", r"\1.mlp.\2"),
     (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.self_attn.self_attn_layer_norm."),
     (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.cross_attn.cross_attn_layer_norm."),
@@ -44,13 +52,29 @@ NAMES: Rules = (
     (r"_attn_q(content|pos)", r"_attn_query_\1"),
     (r"_attn_k(content|pos)", r"_attn_key_\1"),
     (r"_attn_v_proj", "_attn_value_proj"),
-    (r"\.mlp\.norm\d\.", ".mlp.final_layer_norm."),
-    (r"\.mlp\.linear", ".mlp.fc"),
-    (r"\.mlp\.activation\.", ".mlp.activation_fn."),
-    (r"(encoder\.layers\.\d+)\.mlp\.", r"\1."),
-    (r"\.decoder\.norm\.", ".decoder.layernorm."),
+    (r"\.norm3\.", ".final_layer_norm."),
+    (r"\.activation\.", ".activation_fn."),
 )
-TIMM: Rules = ((r"^backbone\.0\.body\.", f"{BODY}_backbone."),)
+QUERIES: Rules = (
+    (r"^query_embed\.", "model.query_position_embeddings."),
+    (r"\.(multihead|cross)_attn\.", ".encoder_attn."),
+    (r"\.norm3\.", ".final_layer_norm."),
+    (r"\.activation\.", ".mlp.activation_fn."),
+)
+DETR: Rules = (
+    *QUERIES,
+    (r"^class_embed\.", "class_labels_classifier."),
+    (r"^bbox_embed\.", "bbox_predictor."),
+    (r"^input_proj\.", "model.input_projection."),
+    (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
+    (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.encoder_attn_layer_norm."),
+)
+DEFORMABLE: Rules = (
+    *QUERIES,
+    (r"^input_proj\.", "model.input_proj."),
+    (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.encoder_attn_layer_norm."),
+    (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.self_attn_layer_norm."),
+)
 RESNET: Rules = (  # transformers' own
     (r"^backbone\.0\.body\.conv1\.", f"{BODY}embedder.embedder.convolution."),
     (r"^backbone\.0\.body\.bn1\.", f"{BODY}embedder.embedder.normalization."),
@@ -63,36 +87,90 @@ RESNET: Rules = (  # transformers' own
     *((rf"(encoder\.stages.*)\.conv{i + 1}\.", rf"\1.layer.{i}.convolution.") for i in range(3)),
     *((rf"(encoder\.stages.*)\.bn{i + 1}\.", rf"\1.layer.{i}.normalization.") for i in range(3)),
 )
-# Option here, name and default in transformers' configs.
-OPTIONS: dict[str, tuple[str, Any]] = {
-    "hidden_dim": ("hidden_size", 256),
-    "nheads": ("encoder_attention_heads", 8),
-    "dim_feedforward": ("encoder_ffn_dim", 2048),
-    "enc_layers": ("encoder_layers", 6),
-    "dec_layers": ("decoder_layers", 6),
-    "dropout": ("dropout", 0.1),
-    "transformer_activation": ("activation_function", "prelu"),
-    "num_queries": ("num_queries", 300),
-    "num_patterns": ("num_patterns", 0),
-    "random_refpoints_xy": ("random_refpoints_xy", False),
-    "pe_temperatureH": ("temperature_height", 20),
-    "pe_temperatureW": ("temperature_width", 20),
-    "dilation": ("dilation", False),
+# Option here, name in transformers' configs.
+OPTIONS = {
+    "nheads": "encoder_attention_heads",
+    "dim_feedforward": "encoder_ffn_dim",
+    "enc_layers": "encoder_layers",
+    "dec_layers": "decoder_layers",
+    "dropout": "dropout",
+    "transformer_activation": "activation_function",
+    "num_queries": "num_queries",
+    "dilation": "dilation",
+}
+DAB_OPTIONS = {
+    "hidden_dim": "hidden_size",
+    "num_patterns": "num_patterns",
+    "random_refpoints_xy": "random_refpoints_xy",
+    "pe_temperatureH": "temperature_height",
+    "pe_temperatureW": "temperature_width",
+}
+DEFORMABLE_OPTIONS = {
+    "hidden_dim": "d_model",
+    "num_feature_levels": "num_feature_levels",
+    "enc_n_points": "encoder_n_points",
+    "dec_n_points": "decoder_n_points",
+    "with_box_refine": "with_box_refine",
+}
+
+
+class Kind(NamedTuple):
+    """A detector of transformers: its class, without "ForObjectDetection", and its processor's,
+    without "ImageProcessor"; its published config here; the names of its parameters, and the prefix
+    of those of timm's backbones; its options beside `OPTIONS`."""
+
+    name: str
+    processor: str
+    config: str
+    names: Rules
+    body: str
+    options: dict[str, str]
+
+
+KINDS = {  # by `model_type`
+    "dab-detr": Kind(
+        "DabDetr", "ConditionalDetr", "dab_detr_r50", DAB, f"{BODY}_backbone.", DAB_OPTIONS
+    ),
+    "detr": Kind("Detr", "Detr", "detr_r50", DETR, BODY, {"hidden_dim": "d_model"}),
+    "deformable_detr": Kind(
+        "DeformableDetr",
+        "DeformableDetr",
+        "deformable_detr_r50",
+        DEFORMABLE,
+        BODY,
+        DEFORMABLE_OPTIONS,
+    ),
+}
+TYPES = {  # `model_type` of the models here
+    "dab_detr": "dab-detr",
+    "dn_dab_detr": "dab-detr",
+    "detr": "detr",
+    "deformable_detr": "deformable_detr",
+    "dn_deformable_detr": "deformable_detr",
 }
 TEMPERATURES = ("temperature_height", "temperature_width")
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = "model.safetensors"
 SIZES_OF_BOTH = ("attention_heads", "ffn_dim")  # of encoder and decoder, equal here
 # Settings with one value here.
-FIXED = {"normalize_before": False, "keep_query_pos": False, "sine_position_embedding_scale": None}
+FIXED = {
+    "normalize_before": False,
+    "keep_query_pos": False,
+    "sine_position_embedding_scale": None,
+    "position_embedding_type": "sine",
+}
 
 
 def read(path: Path, checkpoint: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """See `conversion.read`; a directory, or the model.safetensors in it."""
     directory = path if path.is_dir() else path.parent
     theirs = read_json(directory / CONFIG)
-    if (kind := theirs.get("model_type")) != "dab-detr":
-        raise UserError(f"no detector here corresponds to {kind!r}, only to 'dab-detr'")
+    model_type = theirs.get("model_type")
+    if model_type not in KINDS:
+        raise UserError(
+            f"no detector here corresponds to {model_type!r}, only to {', '.join(KINDS)}"
+        )
+    kind = KINDS[model_type]
     for name in SIZES_OF_BOTH:
         if theirs.get(f"encoder_{name}") != theirs.get(f"decoder_{name}"):
             raise UserError(f"{name} of encoder and decoder differ, which they cannot here")
@@ -100,27 +178,46 @@ def read(path: Path, checkpoint: dict[str, Any], config: dict[str, Any]) -> dict
         if theirs.get(name, only) != only:
             raise UserError(f"{name}: {theirs[name]!r} is not supported, only {only!r}")
     backbone = theirs.get("backbone_config") or {"backbone": theirs.get("backbone")}
-    values = read_config("dab_detr_r50") | {"backbone": backbone_of(backbone)}
-    values |= {option: theirs.get(name, default) for option, (name, default) in OPTIONS.items()}
-    values["dilation"] |= backbone.get("output_stride") == 16
+    values = read_config(kind.config) | {"backbone": backbone_of(backbone)}
+    names = OPTIONS | kind.options
+    values |= {o: theirs[name] for o, name in names.items() if theirs.get(name) is not None}
+    if backbone.get("output_stride") == 16:
+        values["dilation"] = True
+    if theirs.get("two_stage"):
+        values["query_selection"] = "pure"
+        values["num_queries"] = theirs.get("two_stage_num_proposals", 300)
     if (directory / PROCESSOR).exists():
         size = read_json(directory / PROCESSOR).get("size", {})
         values["data_aug_scales"] = [size.get("shortest_edge", Predictor.size)]
         values["data_aug_max_size"] = size.get("longest_edge", Predictor.max_size)
-    values |= config
 
-    state = read_checkpoint(directory / WEIGHTS)["model"]
-    state = rename(state, [(r"^model\.decoder\.bbox_embed\.", "bbox_predictor.")])
+    state = dict(read_checkpoint(directory / WEIGHTS)["model"])
     join_projections(state)
+    for name in [name for name in state if name.startswith("class_embed.0.")]:
+        for i in range(1, values["dec_layers"]):  # without two stages one head, stored once
+            state.setdefault(name.replace(".0.", f".{i}."), state[name])
+    convs = [x for n, x in state.items() if re.fullmatch(r"model\.input_proj\.\d+\.0\.weight", n)]
+    if convs:
+        number = sum(conv.shape[-1] == 1 for conv in convs)
+        values["return_interm_indices"] = list(range(4 - number, 4))
+    values |= config
     labels = theirs.get("id2label", {})
-    names = [labels[label] for label in sorted(labels, key=int)]
-    class_map = ClassMap.of_names(names or ["LABEL_0", "LABEL_1"])  # its default
-    model, *_ = build_model(DetectorOptions.of(values, num_classes=class_map.num_classes))
-    is_timm = any(name.startswith(f"{BODY}_backbone.") for name in state)
-    rules = [*NAMES, *(TIMM if is_timm else RESNET)]
-    ours = {new_name(name, rules): name for name in model.state_dict()}
+    label_names = [labels[label] for label in sorted(labels, key=int)]
+    class_map = ClassMap.of_names(label_names or ["LABEL_0", "LABEL_1"])  # its default
+    options = DetectorOptions.of(values, num_classes=class_map.num_classes)
+    check_counterpart(options)
+    model, *_ = build_model(options)
+    is_resnet = any(name.startswith(f"{BODY}embedder.") for name in state)
+    ours = {their: name for name, their in names_of(model.state_dict(), kind, is_resnet).items()}
     state = {ours.get(name, name): tensor for name, tensor in state.items()}
     return assemble(state, values, class_map)
+
+
+def names_of(names: Iterable[str], kind: Kind, is_resnet: bool = False) -> dict[str, str]:
+    """{name here: name there}; `is_resnet`: the backbone is not timm's but transformers' own."""
+    body = RESNET if is_resnet else [(r"^backbone\.0\.body\.", kind.body)]
+    rules = [*kind.names, *NAMES]
+    return {n: new_name(n, body if n.startswith("backbone.") else rules) for n in names}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -144,7 +241,7 @@ def backbone_of(config: dict[str, Any]) -> str:
 
 
 def join_projections(state: dict[str, Tensor]) -> None:
-    """The encoder's projections of queries, keys and values as one, like nn.MultiheadAttention."""
+    """The projections of queries, keys and values as one, like nn.MultiheadAttention."""
     for name in [name for name in state if ".q_proj." in name]:
         parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
         if state.keys() >= set(parts):
@@ -153,47 +250,58 @@ def join_projections(state: dict[str, Tensor]) -> None:
 
 
 def write(directory: Path, checkpoint: dict[str, Any]) -> None:
-    """The directory of a `DabDetrForObjectDetection` that computes the same. UserError if it exists
+    """The directory of a detector of transformers that computes the same. UserError if it exists
     already, and for models without counterpart."""
     if directory.exists():
         raise UserError(f"{directory}: exists; name a new directory")
     class_map = ClassMap.from_state_dict(checkpoint["class_map"])
     options = DetectorOptions.of(checkpoint["config"], num_classes=class_map.num_classes)
     check_counterpart(options)
+    model_type = TYPES[options.modelname]
+    kind = KINDS[model_type]
     model, *_ = build_model(options)
     load_weights(model, checkpoint, source="the checkpoint")
     state = {n: t for n, t in model.state_dict().items() if not n.endswith(STEP_COUNTER)}
+    # Of the box heads' two names one is enough.
+    state = {n: t for n, t in state.items() if f"transformer.decoder.{n}" not in state}
     if options.modelname == "dn_dab_detr":  # the content of matching queries, as a pattern
         content = with_indicator(state.pop("label_enc.weight")[-1:], options.hidden_dim, 0.0)
         patterns = state.get("transformer.patterns.weight", torch.zeros_like(content))
         state["transformer.patterns.weight"] = patterns + content
         options = dataclasses.replace(options, num_patterns=len(patterns))
-    state = rename(state, [*NAMES, *TIMM])
+    elif options.modelname == "dn_deformable_detr":
+        state = {n: t for n, t in state.items() if not n.startswith(("label_enc.", "box_pos."))}
+    names = names_of(state, kind)
+    state = {names[name]: tensor.clone() for name, tensor in state.items()}
     for name in [name for name in state if ".in_proj_" in name]:
         for part, tensor in zip("qkv", state.pop(name).chunk(3), strict=True):
             state[name.replace(".in_proj_", f".{part}_proj.")] = tensor.clone()
-    config: dict[str, Any] = {name: getattr(options, key) for key, (name, _) in OPTIONS.items()}
+    config: dict[str, Any] = {n: getattr(options, o) for o, n in (OPTIONS | kind.options).items()}
     config |= {f"decoder_{name}": config[f"encoder_{name}"] for name in SIZES_OF_BOTH}
-    config |= {name: int(config[name]) for name in TEMPERATURES}
+    config |= {name: int(config[name]) for name in TEMPERATURES if name in config}
+    if model_type == "deformable_detr":
+        config["two_stage"] = options.query_selection == "pure"
+        config["two_stage_num_proposals"] = options.num_queries
     labels = {label: class_map.names.get(label, "N/A") for label in range(class_map.num_classes)}
-    is_timm = options.backbone.startswith(PREFIX)
-    stages = model.backbone[0].body.feature_info.out_indices if is_timm else [1, 2, 3, 4]
+    stages = [stage + 1 for stage in options.return_interm_indices]
+    if options.backbone.startswith(PREFIX):
+        stages = list(model.backbone[0].body.feature_info.out_indices)
     config |= {
-        "model_type": "dab-detr",
-        "architectures": ["DabDetrForObjectDetection"],
+        "model_type": model_type,
+        "architectures": [f"{kind.name}ForObjectDetection"],
         "id2label": labels,
         "label2id": {name: label for label, name in labels.items()},
         "backbone_config": {
             "model_type": "timm_backbone",
             "backbone": options.backbone.removeprefix(PREFIX),
-            "out_indices": list(stages),
+            "out_indices": stages,
             "output_stride": 16 if options.dilation else None,
         },
     }
     size = max(checkpoint["config"].get("data_aug_scales", [Predictor.size]))
     max_size = checkpoint["config"].get("data_aug_max_size", Predictor.max_size)
     processor = {
-        "image_processor_type": "ConditionalDetrImageProcessor",
+        "image_processor_type": f"{kind.processor}ImageProcessor",
         "size": {"shortest_edge": size, "longest_edge": max_size},
     }
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -210,11 +318,19 @@ def write(directory: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def check_counterpart(options: DetectorOptions) -> None:
-    """UserError unless `DabDetrForObjectDetection` can be this detector."""
+    """UserError unless a detector of transformers can be this one."""
     name, backbone = options.modelname, options.backbone
-    if name not in ("dab_detr", "dn_dab_detr"):
-        raise UserError(f"modelname: transformers has no {name}, only dab_detr and dn_dab_detr")
+    if name not in TYPES:
+        raise UserError(f"modelname: transformers has no {name}, only {', '.join(TYPES)}")
     if not backbone.startswith(PREFIX) and backbone not in RESNETS.values():
         raise UserError(f"backbone: transformers has no {backbone}, only ResNets and timm's")
-    if options.pe_offset or options.pe_temperatureH % 1 or options.pe_temperatureW % 1:
-        raise UserError("pe_offset, pe_temperature: in transformers they are 0 and whole numbers")
+    kind = KINDS[TYPES[name]]
+    published = load_options(kind.config)
+    fixed = {"class_loss", "pe_offset", "pe_temperatureH", "pe_temperatureW"} - kind.options.keys()
+    for option in sorted(fixed):
+        if getattr(options, option) != (only := getattr(published, option)):
+            raise UserError(f"{option}: in transformers it is always {only}")
+    if options.pe_temperatureH % 1 or options.pe_temperatureW % 1:
+        raise UserError("pe_temperature: in transformers it is a whole number")
+    if TYPES[name] == "deformable_detr" and (options.hidden_dim % 32 or options.hidden_dim == 32):
+        raise UserError("hidden_dim: in transformers it is 64 or another multiple of 32")
