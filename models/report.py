@@ -62,7 +62,7 @@ body { background: #fff; color: #1a1a1a; font: 16px/1.5 sans-serif;
   margin: auto; max-width: 1200px; padding: 0 16px 48px }
 h1 { font-size: 1.5em; overflow-wrap: anywhere } h2 { margin-top: 2em }
 img { height: auto; max-width: 100% }
-.row { align-items: flex-start; display: flex; flex-wrap: wrap; gap: 16px }
+.row { align-items: flex-start; display: flex; flex-wrap: wrap; gap: 16px; margin-top: 16px }
 .row > img { flex: 1 1 340px; max-width: min(100%, 592px); min-width: 0 }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
@@ -109,7 +109,7 @@ def write_report(evaluator: "CocoEvaluator", directory: str | Path, checkpoint: 
         f"{len(found['score'])} detections, {len(sure['score'])} of them with a score of {SCORE} "
         "or more."
     )
-    figures = zip(FIGURES, map(_figure, evaluator.stats), strict=True)
+    figures = list(zip(FIGURES, map(_figure, evaluator.stats), strict=True))
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # font weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # means without objects, characters that the font lacks
@@ -118,7 +118,7 @@ def write_report(evaluator: "CocoEvaluator", directory: str | Path, checkpoint: 
                 "COCO's figures",
                 "Average precision (AP) and recall (AR), as printed; higher is better, 1 is "
                 "perfect, and - means that there are no such objects.",
-                _table(("figure", ""), figures),
+                _row(_table(("precision", ""), figures[:6]), _table(("recall", ""), figures[6:])),
             ),
             _curves(evaluation, objects, directory),
             _classes(evaluation, evaluator.categories, objects, directory),
@@ -182,8 +182,8 @@ def _plot(function: Callable, data: Any, path: Path, **options: Any) -> str:
     return _image(path, path.stem.replace("_", " "))
 
 
-def _row(*pictures: str) -> str:
-    return f"<div class='row'>{''.join(pictures)}</div>\n"
+def _row(*parts: str) -> str:
+    return f"<div class='row'>{''.join(parts)}</div>\n"
 
 
 def _curves(evaluation: Any, objects: np.ndarray, directory: Path) -> str:
@@ -241,8 +241,8 @@ def _classes(
         body += _row(_plot(plot.per_category_ap, bars, directory / "ap_by_class.png"))
     return _section(
         "AP by class",
-        f"The worst classes first; {len(objects) - len(rows)} of {len(objects)} classes have no "
-        f"objects here, and {path.name} beside this page lists all.",
+        f"The worst classes first; {len(rows)} of {len(objects)} classes have objects here, and "
+        f"{path.name} beside this page lists all.",
         body,
     )
 
@@ -271,8 +271,8 @@ def _confusions(confusion: Mapping, directory: Path) -> str:
         "Confusion matrix",
         f"The parts of the objects of a class (row) that were detected as each class (column), by "
         f"detections with a score of {SCORE} or more and IoU of at least {IOU}: in the column BG "
-        "are missed objects, in the row BG detections of nothing; below are the most frequent "
-        "mistakes, and with more than 30 classes the matrix has the 25 most confused.",
+        "are missed objects, in the row BG detections of nothing; the bars are the most frequent "
+        "mistakes, and of more than 30 classes the matrix has the 25 most confused.",
         _row(
             _plot(plot.confusion_matrix, confusion, directory / "confusion_matrix.png"),
             _plot(plot.top_confusions, confusion, directory / "top_confusions.png"),
