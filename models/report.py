@@ -189,13 +189,13 @@ def _row(*parts: str) -> str:
 def _curves(evaluation: Any, objects: np.ndarray, directory: Path) -> str:
     from hotcoco import plot
 
-    frequent = np.argsort(-objects, kind="stable")[:PLOTTED]
-    frequent = [i for i in frequent.tolist() if objects[i]]
+    by_count = np.argsort(-objects, kind="stable")[:PLOTTED]
+    frequent = [i for i in by_count.tolist() if objects[i]]
     return _section(
         "Precision and recall",
-        "The further a curve reaches to the upper right the better: on the left for boxes that "
-        "must fit ever more closely (IoU), on the right for the classes with the most objects; "
-        "where a curve drops to 0, no score is low enough to find more.",
+        "The further a curve reaches to the upper right the better; the first plot is for boxes "
+        "that must fit ever more closely (IoU), the second for the classes with the most objects, "
+        "and where a curve drops to 0, no detection of any score finds the rest.",
         _row(
             _plot(plot.pr_curve_iou_sweep, evaluation, directory / "precision_recall_by_iou.png"),
             _plot(
@@ -331,7 +331,7 @@ def _worst(
         for kind, key, columns in (("objects", "gt", truth), ("detections", "dt", found)):
             rows = np.flatnonzero(columns["image_id"] == i)
             boxes = box_convert(torch.from_numpy(columns["bbox"][rows]), "xywh", "xyxy")
-            states = [status[f"{key}_status"].get(row + 1) for row in rows.tolist()]
+            states = [status[f"{key}_status"].get(row + 1, "") for row in rows.tolist()]
             picture = draw_boxes(
                 image,
                 scale * boxes,

@@ -142,12 +142,15 @@ def count_evaluations(argv: list[str]) -> tuple[int, int]:
 
 
 def test_coco_evaluation_runs_once_in_two_processes(pair: Pair, data: Path, tmp_path: Path):
-    """In the first, for the model and for its average."""
+    """In the first, for the model and for its average, which have a report each."""
     assert main(arguments(data, tmp_path / "run", 2, "--use_ema")) == 0
     resume = ["--eval", "--resume", str(tmp_path / "run" / "checkpoint.pth"), "--eval_per_class"]
     resume += ["--dist_url", f"file://{tmp_path}/store", "--use_ema"]
-    args = arguments(data, tmp_path / "out", 2, *resume)
-    assert pair.call(count_evaluations, args, args) == [(0, 2), (0, 0)]
+    reports = tmp_path / "first", tmp_path / "second"
+    args = [arguments(data, tmp_path / "out", 2, *resume, "--eval_report", str(d)) for d in reports]
+    assert pair.call(count_evaluations, *args) == [(0, 2), (0, 0)]
+    assert (reports[0] / "report.html").exists() and not reports[1].exists()
+    assert " (EMA) on " in (reports[0] / "ema/report.html").read_text()
 
 
 def test_first_process_decides_where_all_resume(pair: Pair, data: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html import unescape
 from pathlib import Path
 
@@ -186,18 +187,21 @@ def test_hard_cases(case, make, tmp_path):
     assert len(list(tmp_path.glob("worst_*.jpg"))) == 2  # of one image
 
 
-def test_commands_write_the_same_page(saved, toy, tmp_path, capsys):
+def test_commands_write_the_same_page(saved, toy, tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny.py").write_text("\n".join(f"{k} = {v!r}" for k, v in DETECTOR.items()))
     data = ["--coco_path", str(toy), "--device", "cpu", "--eval_report"]
     argv = ["-c", str(tmp_path / "tiny.py"), "--resume", str(saved), "--num_workers", "0"]
-    assert train([*argv, "--eval", "--use_ema", *data, str(tmp_path / "a")]) == 0
+    assert train([*argv, "--eval", *data, str(tmp_path / "a")]) == 0
     assert main(["eval", str(saved), "--batch_size", "1", *data, str(tmp_path / "b")]) == 0
     first, second = ((tmp_path / d / "report.html").read_text() for d in "ab")
     assert first == second and f"<title>{saved} on {toy}" in first
-    assert f"<title>{saved} (EMA) on" in (tmp_path / "a/ema/report.html").read_text()
     (tmp_path / "file").touch()
     assert main(["eval", str(saved), *data, str(tmp_path / "file")]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # its import fails
+    for status in (main(["eval", str(saved), *data, "c"]), train([*argv, *data, "c"])):
+        assert status == 2 and not Path("c").exists()
+    assert capsys.readouterr().err.count("pip install dn_dino[report]") == 2
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
