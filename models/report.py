@@ -224,7 +224,7 @@ def _classes(
     known = zip(categories.items(), objects.tolist(), figures, strict=True)
     rows = [(name, id_, count, *values) for (id_, name), count, values in known]
     path = directory / "classes.csv"
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with open(path, "w", encoding="utf-8", errors="replace", newline="") as file:
         blank = lambda value: "" if value != value else value  # NaN
         csv.writer(file).writerows([CLASS_COLUMNS, *([blank(v) for v in row] for row in rows)])
 
