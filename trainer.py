@@ -25,6 +25,7 @@ from models.errors import UserError
 from models.evaluation import CocoEvaluator
 from models.machine import peak_memory_mb
 from models.postprocess import PostProcess
+from models.report import write_report
 from train_state import TrainState, class_map_of
 from util.checkpoint import read_checkpoint
 from util.config import Config
@@ -83,7 +84,9 @@ class Trainer:
                 state.save()
             start = time.monotonic()
             with self.stop.obeyed_at_once() if cfg.output_dir else contextlib.nullcontext():
-                stats = evaluate_state(state, self.criterion, self.postprocess, self.val_loader)
+                how = self.criterion, self.postprocess, self.val_loader
+                source = f"{cfg.output_dir or cfg.modelname}, epoch {epoch}"
+                stats = evaluate_state(state, *how, source)
             seconds = timedelta(seconds=int(position.seconds + time.monotonic() - start))
             line = {f"train_{k}": v for k, v in position.trained.items()} | stats
             line |= {"epoch": epoch, "n_parameters": num_parameters, "epoch_time": str(seconds)}
@@ -156,10 +159,14 @@ class Trainer:
 
 
 def evaluate_state(
-    state: TrainState, criterion: SetCriterion, postprocess: PostProcess, loader: DataLoader
+    state: TrainState,
+    criterion: SetCriterion,
+    postprocess: PostProcess,
+    loader: DataLoader,
+    source: str,
 ) -> dict:
     """Evaluate the model and, if there is one, its average; returns log.txt's `test_` keys. Of the
-    position, only `matches` changes."""
+    position, only `matches` changes. source: of the weights, for the report."""
     cfg, position, figures = state.cfg, state.position, {}
     models = {"test": state.model} | ({"ema_test": state.ema.module} if state.ema else {})
     for prefix, model in models.items():
@@ -179,6 +186,10 @@ def evaluate_state(
             write_results(evaluator, Path(cfg.output_dir) / "results.json")
         if cfg.draw_images and cfg.output_dir:
             draw_pictures(evaluator, Path(cfg.output_dir) / "pictures", cfg.draw_images)
+        if cfg.eval_report:
+            path = Path(cfg.eval_report, "" if prefix == "test" else "ema")
+            name = source if prefix == "test" else f"{source} (EMA)"
+            logger.info("report: %s", write_report(evaluator, path, name))
     return figures
 
 
@@ -258,6 +269,6 @@ def evaluate_only(cfg: Config, device: torch.device) -> None:
         if rank() == 0:
             write_results(evaluator, output_dir / name)
     else:
-        figures = evaluate_state(state, criterion, postprocess, loader)
+        figures = evaluate_state(state, criterion, postprocess, loader, source)
         if output_dir and rank() == 0:
             (output_dir / "eval.json").write_text(json.dumps(figures, indent=2) + "\n")

@@ -96,7 +96,10 @@ def describe(dataset: CocoDetection, found: Scan, cfg: Config) -> list[str]:
     boxes, sizes = dataset._boxes, np.where(found.sizes > 0, found.sizes, dataset._sizes)
     sides = boxes[:, 2:] - boxes[:, :2]
     resize = max(cfg.data_aug_scales), cfg.data_aug_max_size
-    scale = [resized_size(int(h), int(w), *resize)[0] / h for h, w in sizes.tolist()]
+    scale = [
+        resized_size(int(h), int(w), *resize)[0] / h if h * w < np.inf else np.inf  # unknown
+        for h, w in sizes.tolist()
+    ]
     tiny = (sides.min(axis=1, initial=np.inf) * np.array(scale)[owner]) < TINY
     huge = sides.prod(axis=1) > HUGE * sizes.prod(axis=1)[owner]
     rows = zip(owner.tolist(), dataset._labels.tolist(), map(tuple, boxes.tolist()), strict=True)

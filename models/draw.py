@@ -37,11 +37,13 @@ def draw_boxes(
     scores: Sequence[float] | Tensor | None = None,
     names: Mapping[int, str] | None = None,
     crowd: Sequence[bool] | None = None,
+    colours: Sequence[tuple[int, int, int]] | None = None,
 ) -> Image.Image:
     """The image, enlarged if small, with boxes and captions of name and score.
 
     image (3, H, W) uint8 RGB; boxes (n, 4) xyxy in pixels, the most important first; names {label:
-    name}, by default the label itself; crowd: whether a box is a crowd.
+    name}, by default the label itself; crowd: whether a box is a crowd; colours: RGB of the boxes,
+    by default their classes'.
     """
     picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     scale = max(1.0, SMALLEST / max(picture.size))
@@ -71,7 +73,8 @@ def draw_boxes(
         overlap = (lower_right - upper_left).clip(0).prod(axis=2).sum(axis=1)
         place = places[overlap.argmin()]
         captions = np.concatenate([captions, place[None]])
-        drawn.append(((x0, y0, x1, y1), place.tolist(), text, class_colour(label)))
+        colour = colours[i] if colours is not None else class_colour(label)
+        drawn.append(((x0, y0, x1, y1), place.tolist(), text, colour))
     drawn.reverse()  # the most important on top
     for (x0, y0, x1, y1), _, _, colour in drawn:
         draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black", width=line + 2)

@@ -44,12 +44,13 @@ def curves_by_pycocotools(images: int, categories: int, truth: Columns, found: C
     return evaluation.eval
 
 
-def curves_by_hotcoco(images: int, categories: int, truth: Columns, found: Columns) -> dict:
-    """The same bits as `curves_by_pycocotools`, much faster."""
+def evaluate_by_hotcoco(images: int, names: Sequence[str], truth: Columns, found: Columns) -> Any:
+    """hotcoco's COCOeval after `accumulate`; names: of the categories, otherwise as
+    `curves_by_pycocotools`. Ids of objects and detections are their rows, from 1."""
     library: Any = hotcoco  # its types are narrower than what it takes
     index = library.COCO.from_arrays(
         [{"id": i} for i in range(images)],
-        [{"id": i, "name": str(i)} for i in range(categories)],  # it warns of unnamed ones
+        [{"id": i, "name": name} for i, name in enumerate(names)],
         *(truth[key] for key in ("image_id", "category_id", "bbox")),
         **{key: truth[key] for key in ("area", "iscrowd")},
     )
@@ -57,7 +58,13 @@ def curves_by_hotcoco(images: int, categories: int, truth: Columns, found: Colum
     evaluation = library.COCOeval(index, index.load_res(np.column_stack(columns)), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
-    return evaluation.eval
+    return evaluation
+
+
+def curves_by_hotcoco(images: int, categories: int, truth: Columns, found: Columns) -> dict:
+    """The same bits as `curves_by_pycocotools`, much faster."""
+    names = [str(i) for i in range(categories)]  # it warns of unnamed ones
+    return evaluate_by_hotcoco(images, names, truth, found).eval
 
 
 def _rows(columns: Columns) -> list[dict[str, Any]]:
@@ -116,28 +123,37 @@ class CocoEvaluator:
         """All detections in COCO's results format, as evaluated, JSON-serialisable."""
         return _rows(self._found())
 
-    def summarize(self) -> list[float]:
-        """COCO's 12 metrics, AP first; -1 if there are no objects, e.g. no small ones."""
-        image_ids = np.array(sorted(self.results), dtype=np.int64)
-        self._category_ids = np.unique([c["id"] for c in self.dataset.categories])
+    @property
+    def categories(self) -> dict[int, str]:
+        """{category id: name} of the data set, in ascending order."""
+        return dict(sorted((c["id"], str(c.get("name", c["id"]))) for c in self.dataset.categories))
+
+    def columns(self) -> tuple[Columns, Columns]:
+        """Ground truth and detections without categories that only the model knows; with the ranks
+        of the ids among `results` and `categories`: ids may be negative or too large for hotcoco's
+        float64."""
+        image_ids, category_ids = (
+            np.array(sorted(ids), dtype=np.int64) for ids in (self.results, self.categories)
+        )
 
         def numbered(columns: Columns) -> Columns:
-            """Without categories that only the model knows; with the ranks of ids, which may be
-            negative or too large for hotcoco's float64."""
-            known = np.isin(columns["category_id"], self._category_ids)
+            known = np.isin(columns["category_id"], category_ids)
             columns = {key: column[known] for key, column in columns.items()}
             image = np.searchsorted(image_ids, columns["image_id"])
-            category = np.searchsorted(self._category_ids, columns["category_id"])
+            category = np.searchsorted(category_ids, columns["category_id"])
             return columns | {"image_id": image, "category_id": category}
 
-        truth, found = self.dataset.ground_truth(self.results), self._found()
-        counts = len(image_ids), len(self._category_ids)
+        return numbered(self.dataset.ground_truth(self.results)), numbered(self._found())
+
+    def summarize(self) -> list[float]:
+        """COCO's 12 metrics, AP first; -1 if there are no objects, e.g. no small ones."""
         evaluation = COCOeval(iouType="bbox")
-        evaluation.eval = self.curves(*counts, numbered(truth), numbered(found))
+        evaluation.eval = self.curves(len(self.results), len(self.categories), *self.columns())
         with redirect_stdout(io.StringIO()) as output:
             evaluation.summarize()
         self._table, self._precision = output.getvalue(), evaluation.eval["precision"]
-        return evaluation.stats.tolist()
+        self.stats: list[float] = evaluation.stats.tolist()
+        return self.stats
 
     def table(self) -> str:
         """The 12 lines that COCO's evaluation prints for the last `summarize`."""
@@ -145,8 +161,7 @@ class CocoEvaluator:
 
     def per_class(self) -> dict[str, float]:
         """{category name: AP} of the last `summarize`, without categories that have no objects."""
-        names = {c["id"]: str(c.get("name", c["id"])) for c in self.dataset.categories}
         # (IoUs, recalls, categories), for objects of all sizes and 100 detections per image
         figures = self._precision[:, :, :, 0, -1].mean(axis=(0, 1)).tolist()
-        ids = self._category_ids.tolist()
-        return {names[i]: ap for i, ap in zip(ids, figures, strict=True) if ap > -1}
+        named = zip(self.categories.values(), figures, strict=True)
+        return {name: ap for name, ap in named if ap > -1}

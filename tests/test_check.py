@@ -63,6 +63,11 @@ def test_every_fault_is_reported(faulty, small, tmp_path, capsys):
 def test_status_2_only_where_training_fails(faulty, small, capsys):
     args = [*small, "--coco_path", str(faulty), "--check_data"]
     (faulty / "train2017/000000000002.jpg").write_text("no image")
+    path = faulty / "annotations/instances_train2017.json"
+    data = json.loads(path.read_text())
+    (image,) = (i for i in data["images"] if i["file_name"] == "000000000002.jpg")
+    del image["width"], image["height"]  # nothing tells its size
+    path.write_text(json.dumps(data))
     assert main(args) == 0  # it is skipped
     assert "unreadable images: 1: 000000000002.jpg" in capsys.readouterr().out
     assert main([*args, "--strict_data"]) == 2

@@ -135,19 +135,24 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(
     assert len({d["image_id"] for d in results[0][1]}) == 7
 
 
-def count_evaluations(argv: list[str]) -> tuple[int, int]:
-    """The exit status of `main` and its number of COCO evaluations."""
-    with patch.object(COCOeval, "summarize", autospec=True, side_effect=COCOeval.summarize) as spy:
-        return main(argv), spy.call_count
+def count_evaluations(argv: list[str]) -> tuple[int, int, list[tuple]]:
+    """The exit status of `main`, its number of COCO evaluations, and directories and titles of the
+    reports that it asked for."""
+    how = {"autospec": True, "side_effect": COCOeval.summarize}
+    with patch.object(COCOeval, "summarize", **how) as spy, patch("trainer.write_report") as report:
+        status = main(argv)
+    return status, spy.call_count, [call.args[1:] for call in report.call_args_list]
 
 
 def test_coco_evaluation_runs_once_in_two_processes(pair: Pair, data: Path, tmp_path: Path):
-    """In the first, for the model and for its average."""
+    """In the first, for the model and for its average, which have a report each."""
     assert main(arguments(data, tmp_path / "run", 2, "--use_ema")) == 0
-    resume = ["--eval", "--resume", str(tmp_path / "run" / "checkpoint.pth"), "--eval_per_class"]
+    checkpoint, page = str(tmp_path / "run" / "checkpoint.pth"), tmp_path / "page"
+    resume = ["--eval", "--resume", checkpoint, "--eval_per_class", "--eval_report", str(page)]
     resume += ["--dist_url", f"file://{tmp_path}/store", "--use_ema"]
     args = arguments(data, tmp_path / "out", 2, *resume)
-    assert pair.call(count_evaluations, args, args) == [(0, 2), (0, 0)]
+    reports = [(page, checkpoint), (page / "ema", f"{checkpoint} (EMA)")]
+    assert pair.call(count_evaluations, args, args) == [(0, 2, reports), (0, 0, [])]
 
 
 def test_first_process_decides_where_all_resume(pair: Pair, data: Path, tmp_path: Path):

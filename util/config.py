@@ -213,6 +213,11 @@ class RunOptions:
     test: bool = option(False, "write detections on test2017 for COCO's server and stop")
     eval_per_class: bool = option(False, "also print the AP of each class")
     save_results: bool = option(False, "write the detections of each evaluation to results.json")
+    eval_report: str = option(
+        "",
+        "directory for report.html, which each evaluation writes: curves, AP by class and size, "
+        "confusions, calibration, kinds of errors, the worst images",
+    )
     draw_images: int = option(
         0,
         "draw the first N evaluated images and their best detections after each evaluation",

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from models import report
 from models.errors import UserError
 from util.checkpoint import latest_checkpoint
 from util.config import Config
@@ -22,7 +23,10 @@ RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # above 0 afte
 
 
 def prepare_output_dir(cfg: Config, argv: Sequence[str] | None = None) -> Path | None:
-    """Create the output directory, if one is given; with `argv`, save config and command there."""
+    """Create the output directory, if one is given, and that of the report; with `argv`, save
+    config and command in the former."""
+    if cfg.eval_report:
+        report.prepare(cfg.eval_report)
     if not cfg.output_dir:
         return None
     path = Path(cfg.output_dir)

@@ -3,6 +3,7 @@
 Example:
   dn-dino eval checkpoint.pth --coco_path COCO
   dn-dino eval checkpoint.pth --images photos --annotations photos/instances.json
+  dn-dino eval checkpoint.pth --coco_path COCO --eval_report report
 """
 
 from argparse import ArgumentParser, Namespace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from .. import report
 from ..coco import CocoAnnotations
 from ..errors import UserError, import_extra
 from ..predictor import Predictor
@@ -27,6 +29,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--split", default="val2017", metavar="NAME", help="its images and annotations (val2017)")
     add("--images", type=Path, metavar="DIR", help="directory of images, for another layout")
     add("--annotations", type=Path, metavar="FILE", help="its instances file")
+    text = "write a page about errors there: curves, confusions, calibration, the worst images"
+    add("--eval_report", type=Path, metavar="DIR", help=text)
 
 
 def evaluate(
@@ -48,9 +52,15 @@ def evaluate(
 def run(args: Namespace) -> None:
     if bool(args.coco_path) == bool(args.images and args.annotations):
         raise UserError("pass either --coco_path, or --images and --annotations")
+    if args.eval_report:
+        report.prepare(args.eval_report)
     predictor = load(args)
     if args.coco_path:
         dataset = read_split(predictor, args.coco_path, args.split)
     else:
         dataset = read_annotations(predictor, args.images, args.annotations)
-    print(evaluate(predictor, dataset, args.batch_size).table(), end="")
+    evaluator = evaluate(predictor, dataset, args.batch_size)
+    print(evaluator.table(), end="")
+    if args.eval_report:
+        name = args.checkpoint + " (EMA)" * args.ema
+        print(report.write_report(evaluator, args.eval_report, name))
