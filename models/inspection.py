@@ -164,11 +164,13 @@ def calls_of(owner: Any, name: str) -> Iterator[list[tuple[tuple, Any]]]:
         calls.append((args, result))
         return result
 
-    setattr(owner, name, call)  # of this object, in front of its class's
+    own = {name: method} if name in vars(owner) else {}
+    vars(owner)[name] = call  # of this object, in front of its class's
     try:
         yield calls
     finally:
-        delattr(owner, name)
+        del vars(owner)[name]
+        vars(owner).update(own)
 
 
 def recorded_attention(

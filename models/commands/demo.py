@@ -68,7 +68,7 @@ def make_page(predictor: Predictor, title: str, threshold: float) -> Any:
         if found is None:
             return None, [], ""
         count = int((found.scores >= threshold).sum())  # the best come first
-        kept = replace(found, **{key: found[key][:count] for key in found.keys()})
+        kept = replace(found, **{key: value[:count] for key, value in dict(found).items()})
         boxes = kept.boxes.round().int().tolist()
         rows = [
             [name, round(score, 3), *box]
