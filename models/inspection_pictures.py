@@ -9,14 +9,12 @@ from PIL import Image, ImageDraw
 from .draw import class_colour, enlarged, side_by_side, titled
 from .inspection import View
 
-RAMP = (0, (50, 80, 255)), (0.5, (255, 230, 0)), (1, (255, 0, 0))  # blue, yellow, red
+RAMP = np.array([(50, 80, 255), (255, 230, 0), (255, 0, 0)])  # blue, yellow, red
 
 
 def ramp(values: np.ndarray) -> np.ndarray:
     """Numbers (...) from 0 to 1 as colours (..., 3)."""
-    positions, colours = zip(*RAMP, strict=True)
-    channels = [np.interp(values, positions, channel) for channel in zip(*colours, strict=True)]
-    return np.stack(channels, axis=-1)
+    return np.stack([np.interp(values, (0, 0.5, 1), channel) for channel in RAMP.T], axis=-1)
 
 
 def draw_query(view: View, layer: int, query: int) -> Image.Image:

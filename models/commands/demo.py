@@ -37,23 +37,27 @@ def run(args: Namespace) -> None:
     if args.max_size <= 0 or not 0 <= args.threshold <= 1:
         raise UserError("max_size: more than 0; threshold: from 0 to 1")
     page = make_page(load(args), Path(args.checkpoint).name, args.threshold)
-    launched = page.launch(
-        server_name=args.host,
-        server_port=args.port,
-        max_file_size=round(args.max_size * 1e6),
-        share=False,
-        ssr_mode=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        footer_links=[],
-    )
-    print(f"{launched[1]}, until Ctrl-C", flush=True)
+    try:
+        _, url, _ = page.launch(
+            server_name=args.host,
+            server_port=args.port,
+            max_file_size=round(args.max_size * 2**20),
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+        )
+    except OSError as error:
+        where = f"port {args.port} of {args.host}"
+        raise UserError(f"host, port: cannot listen on {where}; use another") from error
+    print(f"{url} until Ctrl-C", flush=True)
     page.block_thread()
 
 
 def make_page(predictor: Predictor, title: str, threshold: float) -> Any:
     """The page, a `gradio.Blocks`. An image is detected on once; moving the slider draws again."""
-    import gradio
+    gradio: Any = import_extra("gradio", "demo")
 
     def detect(path: str | None, threshold: float) -> tuple:
         if path is None:
@@ -68,7 +72,8 @@ def make_page(predictor: Predictor, title: str, threshold: float) -> Any:
         if found is None:
             return None, [], ""
         count = int((found.scores >= threshold).sum())  # the best come first
-        kept = replace(found, **{key: value[:count] for key, value in dict(found).items()})
+        best: dict[str, Any] = {key: value[:count] for key, value in dict(found).items()}
+        kept = replace(found, **best)
         boxes = kept.boxes.round().int().tolist()
         rows = [
             [name, round(score, 3), *box]
