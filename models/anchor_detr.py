@@ -209,6 +209,10 @@ class AnchorDETR(Detector):
     def encoder_layers(self) -> nn.ModuleList:
         return self.transformer.encoder_layers
 
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        return self.transformer.decoder_layers
+
     def encode(self, images: NestedTensor) -> Encoded:
         features = self.backbone(images)
         last = features[-1]

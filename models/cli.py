@@ -6,6 +6,7 @@ is its help: a sentence, and an example. Only the chosen one is imported.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -17,7 +18,8 @@ COMMANDS: dict[str, str] = {
     "eval": "COCO's 12 figures of a checkpoint on a data set",
     "export": "write a detector for other programs: ONNX, .pt2",
     "convert": "checkpoints of other projects, and to them; safetensors",
-    "inspect": "what a checkpoint contains",
+    "inspect": "what a checkpoint contains; where its queries look on an image",
+    "demo": "a web page to try a detector on images",
     "benchmark": "time and memory of a detector, stage by stage",
 }
 
@@ -30,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 for a user error."""
+    """Exit status: 0; 2 for a user error; 1 if the reader of the output is gone, as `| head`."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO)  # not that of the packages it uses
     words = list(sys.argv[1:] if argv is None else argv)
@@ -57,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         command.add_arguments(parser)
         command.run(parser.parse_args(words[1:]))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
     except (UserError, OSError) as error:  # an OSError names its file
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2

@@ -136,6 +136,10 @@ class Detector(nn.Module):
     def encoder_layers(self) -> nn.ModuleList:
         return self.transformer.encoder.layers
 
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        return self.transformer.decoder.layers
+
     def encode(self, images: NestedTensor) -> Encoded:
         raise NotImplementedError
 

@@ -60,10 +60,16 @@ class Assignment:
 @dataclass
 class Denoising(Assignment):
     """The denoising queries of a batch; N counts groups * objects. `dn_post_process` fills in the
-    predictions."""
+    predictions.
+
+    noised_at, noised: image and query (K,), and boxes (K, 4), cxcywh in [0, 1], of the queries that
+    are made from objects; with contrastive denoising K is 2 * N.
+    """
 
     supervised: Tensor
     num_groups: int = 1
+    noised_at: tuple[Tensor, Tensor] = field(init=False)
+    noised: Tensor = field(init=False)
 
     @property
     def num_queries(self) -> int:
@@ -294,6 +300,7 @@ def _put_in_front(
 ) -> tuple[Tensor, Tensor, Tensor | None, Denoising]:
     """Known label embeddings and boxes as queries before the matching ones, and the mask."""
     batch_size, num_matching, dim = content.shape
+    dn.noised_at, dn.noised = where, known[1]
     dn_content = content.new_zeros(batch_size, dn.num_queries, dim)
     dn_content[where] = with_indicator(known[0], dim, 1.0).to(content.dtype)
     dn_anchors = anchors.new_zeros(batch_size, dn.num_queries, *anchors.shape[2:])

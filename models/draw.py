@@ -30,6 +30,14 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
 
 
+def enlarged(image: Tensor) -> tuple[Image.Image, float]:
+    """The image (3, H, W) uint8 RGB, enlarged if small, and the factor."""
+    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    scale = max(1.0, SMALLEST / max(picture.size))
+    width, height = (max(round(scale * side), 1) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC), scale
+
+
 def draw_boxes(
     image: Tensor,
     boxes: Tensor,
@@ -45,11 +53,9 @@ def draw_boxes(
     name}, by default the label itself; crowd: whether a box is a crowd; colours: RGB of the boxes,
     by default their classes'.
     """
-    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    scale = max(1.0, SMALLEST / max(picture.size))
-    width, height = (max(round(scale * side), 1) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    draw, longer = ImageDraw.Draw(picture), max(width, height)
+    picture, scale = enlarged(image)
+    (width, height), draw = picture.size, ImageDraw.Draw(picture)
+    longer = max(width, height)
     line, font = max(2, longer // 400), load_font(min(max(14, longer // 60), 28))
 
     edges = (scale * boxes.detach().cpu().double().numpy().reshape(-1, 4)).round().astype(int)
@@ -90,7 +96,11 @@ def side_by_side(
     image: Tensor, columns: Mapping[str, Mapping], names: Mapping[int, str] | None = None
 ) -> Image.Image:
     """Copies of the image in a row: `columns` is {title: keyword arguments of `draw_boxes`}."""
-    parts = {title: draw_boxes(image, names=names, **part) for title, part in columns.items()}
+    return titled({t: draw_boxes(image, names=names, **part) for t, part in columns.items()})
+
+
+def titled(parts: Mapping[str, Image.Image]) -> Image.Image:
+    """Pictures of one size in a row, {title: picture}."""
     width, height = next(iter(parts.values())).size
     font = load_font(min(max(16, max(width, height) // 45), 36))
     top = 2 * MARGIN + sum(font.getmetrics())

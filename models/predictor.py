@@ -114,13 +114,15 @@ class Predictor:
         batch = [preprocess(image, self.size, self.max_size) for image in images]
         return nested_tensor_from_tensor_list(batch).to(self.device)
 
-    def forward(self, batch: NestedTensor) -> Any:
-        """The model's outputs, computed in half precision on request."""
+    def forward(
+        self, batch: NestedTensor, targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> Any:
+        """The model's outputs, computed in half precision on request; see `Detector.forward`."""
         type_, dtype = self.device.type, torch.bfloat16
         if type_ == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             dtype = torch.float16
         with torch.autocast(type_, dtype, enabled=self.half):
-            return self.model(batch)
+            return self.model(batch, targets)
 
 
 def load_detector(

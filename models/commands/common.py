@@ -24,8 +24,8 @@ def add_checkpoint_arguments(parser: ArgumentParser) -> None:
     add("--ema", action="store_true", help="use the averaged weights (EMA)")
 
 
-def add_detector_arguments(parser: ArgumentParser, batch_size: int = 4) -> None:
-    """The checkpoint, and how it runs."""
+def add_detector_arguments(parser: ArgumentParser, batch_size: int | None = 4) -> None:
+    """The checkpoint, and how it runs; None is for a command that takes one image at a time."""
     add_checkpoint_arguments(parser)
     add = parser.add_argument
     add("--device", default="", help="cpu, cuda, ...; default: a GPU if available")
@@ -33,8 +33,10 @@ def add_detector_arguments(parser: ArgumentParser, batch_size: int = 4) -> None:
     add("--half", action="store_true", help=text)
     text = "compile backbone and encoder (torch.compile): minutes at the start, faster on a GPU"
     add("--compile", action="store_true", help=text)
-    text = f"images of equal size per batch ({batch_size})"
-    add("--batch_size", "--eval_batch_size", type=int, default=batch_size, metavar="N", help=text)
+    if batch_size is not None:
+        text = f"images of equal size per batch ({batch_size})"
+        names = "--batch_size", "--eval_batch_size"
+        add(*names, type=int, default=batch_size, metavar="N", help=text)
 
 
 def config_of(args: Namespace) -> str | None:
@@ -51,7 +53,7 @@ def load_checkpoint(args: Namespace, **how: Any) -> Predictor:
 
 def load(args: Namespace) -> Predictor:
     """The detector that all arguments describe."""
-    if args.batch_size < 1:
+    if getattr(args, "batch_size", 1) < 1:
         raise UserError("batch_size: at least 1")
     device = choose_device(args.device)
     return load_checkpoint(args, device=device, half=args.half, compile=args.compile)
