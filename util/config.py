@@ -139,7 +139,7 @@ class DataOptions:
     )
     max_enlargement: float = option(
         0,
-        "reduce the five sizes above where they would enlarge the training image of median size "
+        "reduce the sizes above where they would enlarge the training image of median size "
         "more than X times; 0: use them as they are; 1.67 is as published for 640 x 480",
         low=0,
     )
@@ -221,9 +221,10 @@ class RunOptions:
     )
     finetune: str = option(
         "",
-        "checkpoint, a file or URL, to fine-tune on other data: its weights are loaded, those of "
-        f"classes by their names, and with {', '.join(f'{k} {v}' for k, v in RECIPE.items())} "
-        "unless you set these; without -c or -m, the model is the checkpoint's",
+        "checkpoint, a file or URL, to fine-tune on other data: loads its weights, of classes by "
+        "name, and sets what neither a config file nor a flag does: "
+        f"{', '.join(f'{k} {v}' for k, v in RECIPE.items())}; "
+        "without -c or -m, the model is the checkpoint's",
     )
     pretrain_model_path: str = option(
         "", "checkpoint, a file or URL, to start from: its weights are loaded as far as they fit"
