@@ -20,10 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(argv[argv.index("--output_dir") + 1])
     place = out.parents[1] / TOY_TRAINED.lower() / out.name
     place.mkdir(parents=True, exist_ok=True)
-    options = argv.index("--options")
     flags = {"output_dir": place, "coco_path": place / "data", "epochs": EPOCHS, "onecyclelr": True}
     flags |= {k: str(v) for k, v in TOY_SIZES.items()}
-    toy_argv = [*argv[:options], *(f"--{k}={v}" for k, v in flags.items()), *argv[options:]]
+    toy_argv = [*argv, *(f"--{k}={v}" for k, v in flags.items())]  # the last ones count
     with open(place / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (place / "data/annotations/instances_val2017.json").exists():
