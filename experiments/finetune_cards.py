@@ -1,5 +1,6 @@
 """--finetune on 296 photos of playing cards, from a DINO that was trained on the toy set."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from experiments import IMAGENET, Arm, Experiment, Figure
@@ -13,7 +14,7 @@ CLAIM = (
 )
 
 
-def best(index: int):
+def best(index: int) -> Callable[[dict], float]:
     return lambda line: line.get("ema_test_coco_eval_bbox", line["test_coco_eval_bbox"])[index]
 
 
