@@ -21,6 +21,7 @@ from util.config import Config
 from util.distributed import gather, gather_to_rank0, on_rank0, sum_over_processes, world_size
 from util.logging import Averages, ProgressBar
 from util.matching_log import MatchingLog
+from util.optim import scaled_rates
 
 if TYPE_CHECKING:  # training steps do without pycocotools
     from models.evaluation import CocoEvaluator
@@ -151,7 +152,8 @@ def train_steps(
         elif not scaler.is_enabled():  # which would skip this step
             raise NonFiniteLoss(f"the norm of the gradients is {norm}")
         scale = scaler.get_scale()
-        scaler.step(state.optimizer)
+        with scaled_rates(state.optimizer, state.warmup(state.position.step + 1)):
+            scaler.step(state.optimizer)
         scaler.update()
         if state.ema:
             state.ema.update(state.model)

@@ -10,10 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.class_map import ClassMap
+from models.class_map import COCO_NAMES, COCO_NUM_CLASSES, ClassMap
 from models.download import local_file
 from models.errors import UserError
-from models.weights import load_backbone, load_weights, num_classes_of
+from models.weights import (
+    load_backbone,
+    load_weights,
+    num_classes_of,
+    state_dict_of,
+    with_matched_rows,
+)
 from util.checkpoint import read_checkpoint, rng_state, save_checkpoint, set_rng_state
 from util.config import Config
 from util.distributed import gather, on_rank0, rank, seed_everything, world_size
@@ -23,8 +29,9 @@ from util.optim import build_optimizer, build_scheduler, load_released_state, mo
 
 logger = logging.getLogger(__name__)
 
-RATES = ("lr", "lr_backbone", "lr_linear_proj_mult", "weight_decay")  # fixed for a resumed run
-DROPS = ("multi_step_lr", "lr_drop", "lr_drop_list")  # fixed unless override_resumed_lr_drop
+# Fixed for a resumed run; the drops, unless override_resumed_lr_drop.
+RATES = ("lr", "lr_backbone", "lr_linear_proj_mult", "weight_decay", "warmup_epochs")
+DROPS = ("multi_step_lr", "lr_drop", "lr_drop_list")
 
 
 def class_map_of(checkpoint: dict, cfg: Config) -> ClassMap | Callable | None:
@@ -34,6 +41,16 @@ def class_map_of(checkpoint: dict, cfg: Config) -> ClassMap | Callable | None:
     num_classes = num_classes_of(checkpoint, cfg.class_loss)
     # Without a class head it is not a detector's; loading its weights will report that.
     return partial(ClassMap.of_released, num_classes=num_classes) if num_classes else None
+
+
+def known_classes(checkpoint: dict, class_loss: str) -> ClassMap:
+    """The labels of a checkpoint as far as their names are known: saved with it, or COCO's."""
+    if "class_map" in checkpoint:
+        return ClassMap.from_state_dict(checkpoint["class_map"])
+    class_loss = checkpoint.get("config", {}).get("class_loss", class_loss)
+    number = num_classes_of(checkpoint, class_loss) or 0
+    is_coco = number in (len(COCO_NAMES), COCO_NUM_CLASSES)
+    return ClassMap.of_count(number) if is_coco else ClassMap(number, {}, {})
 
 
 def keep_rates(cfg: Config, before: dict) -> Config:
@@ -57,6 +74,7 @@ class Position:
     trained: dict[str, float] | None = None  # figures of `epoch` until it is evaluated
     seconds: float = 0.0  # of training that is not logged yet
     best_ap: float = -1.0
+    epochs_since_best: int = 0
     matches: dict[int, Tensor] | None = None  # of the last evaluation, with --log_matching
     averages: Averages = field(default_factory=Averages)  # over the steps of the next epoch
 
@@ -81,13 +99,19 @@ class TrainState:
         self.position = Position(cfg.start_epoch - 1)
 
     def begin_average(self) -> None:
-        self.ema = ModelEma(self.model, self.cfg.ema_decay)
+        self.ema = ModelEma(self.model, self.cfg.ema_decay, self.cfg.ema_warmup)
+
+    def warmup(self, step: int) -> float:
+        """The factor on the learning rates in the next epoch's step with this number, from 1."""
+        begun = self.position.epoch + 1 + step / self.epoch_length
+        return min(begun / self.cfg.warmup_epochs, 1.0) if self.cfg.warmup_epochs else 1.0
 
     def state_dict(self) -> dict:
         """What a checkpoint holds. Collective: all processes have to call it."""
         return vars(self.position) | {
             "model": self.model.state_dict(),
             "ema_model": self.ema.state_dict() if self.ema else None,
+            "ema_updates": self.ema.updates if self.ema else 0,
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -104,7 +128,9 @@ class TrainState:
         seed_everything(cfg.seed + rank())  # only now: all processes drew the same weights
         if checkpoint is not None:
             return self.resume(checkpoint, source)
-        if path := cfg.pretrain_model_path:
+        if cfg.finetune:
+            self.finetune()
+        elif path := cfg.pretrain_model_path:
             weights, ignore = read_checkpoint(path), cfg.finetune_ignore
             report = load_weights(self.model, weights, strict=False, ignore=ignore, source=path)
             logger.info("%s:\n%s", path, report)
@@ -114,12 +140,29 @@ class TrainState:
         if cfg.drop_lr_now or cfg.override_resumed_lr_drop:
             logger.info("drop_lr_now, override_resumed_lr_drop: no effect, as no run is resumed")
 
+    def finetune(self) -> None:
+        """Load the weights of --finetune, their class rows matched by name. UserError if others do
+        not fit the model."""
+        path, ignore = self.cfg.finetune, self.cfg.finetune_ignore
+        checkpoint = read_checkpoint(path)
+        theirs = known_classes(checkpoint, self.cfg.class_loss)
+        state = state_dict_of(checkpoint, path)
+        state = with_matched_rows(state, self.model, self.class_map, theirs)
+        report = load_weights(self.model, state, strict=False, ignore=ignore, source=path)
+        if unfit := report.mismatched + report.missing + report.unexpected:
+            problem = f"{path} does not fit the model in {len(unfit)} weights, first {unfit[0]}"
+            remedy = "name its config or model with -c or -m, or skip them with --finetune_ignore"
+            raise UserError(f"finetune: {problem}; {remedy}")
+        classes = len(self.class_map.labels_in(theirs)), len(self.class_map.names)
+        logger.info("finetune: %s: %d of %d classes are known by name", path, *classes)
+
     def load(self, checkpoint: dict, source: str) -> None:
         """Load a checkpoint's weights and, with --use_ema, their average, if it has one."""
         load_weights(self.model, checkpoint, source=source)
         if self.cfg.use_ema and checkpoint.get("ema_model"):
             self.begin_average()
             self.ema.load_state_dict(checkpoint["ema_model"])
+            self.ema.updates = checkpoint.get("ema_updates", 0)
 
     def resume(self, checkpoint: dict, source: str) -> None:
         """Continue from a checkpoint's position with its optimiser, schedule and random state. Of a
@@ -150,7 +193,8 @@ class TrainState:
         """Resume from a checkpoint of this code, bit for bit. With another batch size or number of
         processes, the epoch continues after as many images; the latter changes random numbers."""
         self.cfg = keep_rates(self.cfg, checkpoint["config"])
-        values = {f.name: checkpoint[f.name] for f in dataclasses.fields(Position)}
+        names = [f.name for f in dataclasses.fields(Position) if f.name in checkpoint]
+        values = {name: checkpoint[name] for name in names}
         self.position = Position(**values | {"averages": Averages(**checkpoint["averages"])})
         self.schedule, _ = build_scheduler(self.optimizer, self.cfg, self.epoch_length)
         try:

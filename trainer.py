@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from datasets.check import check_data
-from datasets.coco import CocoDetection, build_dataset
+from datasets.coco import CocoDetection, build_dataset, build_transforms, fitting_sizes
 from datasets.loader import build_loader
 from engine import DEBUG_STEPS, NonFiniteLoss, evaluate, train_steps
 from models import build_model
@@ -30,6 +30,7 @@ from train_state import TrainState, class_map_of
 from util.checkpoint import read_checkpoint
 from util.config import Config
 from util.distributed import broadcast_from_rank0, on_rank0, rank, world_size
+from util.loggers import check_installed, open_services
 from util.logging import Averages, ProgressBar, RunLog
 from util.matching_log import MatchingLog
 from util.run_dir import claimed, find_resume, prepare_output_dir, remove_run, should_overwrite
@@ -49,11 +50,16 @@ class Trainer:
         class_map = class_map_of(checkpoint, cfg) if checkpoint else None
         train_set = build_dataset(cfg, "train", class_map)
         check_queries(train_set, cfg)
+        if sizes := fitting_sizes(train_set, cfg):
+            logger.info("max_enlargement: %s", ", ".join(f"{k} {v}" for k, v in sizes.items()))
+            cfg = dataclasses.replace(cfg, **sizes)
+            train_set.transforms = build_transforms(cfg, train=True)
         val_set = build_dataset(cfg, "val", train_set.class_map)
         self.val_loader = build_loader(val_set, cfg, train=False)
         self.train_loader = build_loader(train_set, cfg, train=True)
         cfg = dataclasses.replace(cfg, num_classes=train_set.class_map.num_classes)
-        if cfg.batch_norm_type.startswith("Frozen") and not (cfg.pretrained_backbone or checkpoint):
+        is_pretrained = cfg.pretrained_backbone or cfg.finetune or checkpoint
+        if cfg.batch_norm_type.startswith("Frozen") and not is_pretrained:
             logger.warning("batch_norm_type: without pretrained weights, BatchNorm2d learns better")
         model, self.criterion, self.postprocess = build_model(cfg)
         epoch_length = len(self.train_loader) // cfg.accumulate
@@ -76,9 +82,20 @@ class Trainer:
             f"{num_parameters / 1e6:.1f} M trained parameters, {len(self.train_loader.dataset)} "
             f"training images, {len(self.val_loader.dataset)} to evaluate"
         )
-        log = RunLog(cfg.output_dir, first) if cfg.output_dir and rank() == 0 else None
+        log: RunLog | None = None
+
+        def open_log() -> None:
+            nonlocal log
+            log = RunLog(cfg.output_dir, first, open_services(cfg.logger, dataclasses.asdict(cfg)))
+
+        if cfg.output_dir:
+            on_rank0(open_log)
         begun = time.monotonic()
         for epoch in range(first, cfg.epochs):
+            if 0 < cfg.patience <= position.epochs_since_best:
+                message = "patience: stopped, as AP has not exceeded %.3f for %d epochs"
+                logger.info(message, position.best_ap, position.epochs_since_best)
+                break
             if position.trained is None:
                 self.train_epoch()
                 state.save()
@@ -93,7 +110,9 @@ class Trainer:
             on_rank0(lambda line=line: log and log.write(line))
             position.trained, position.seconds = None, 0.0
             ap = stats.get("ema_test_coco_eval_bbox", stats["test_coco_eval_bbox"])[0]
-            copies = ["checkpoint_best.pth"] if ap > position.best_ap else []
+            is_best = ap > position.best_ap
+            position.epochs_since_best = 0 if is_best else position.epochs_since_best + 1
+            copies = ["checkpoint_best.pth"] if is_best else []
             if (epoch + 1) % cfg.lr_drop == 0 or (epoch + 1) % cfg.save_checkpoint_interval == 0:
                 copies.append(f"checkpoint{epoch:04}.pth")
             position.best_ap = max(ap, position.best_ap)
@@ -145,7 +164,7 @@ class Trainer:
                 message += f"; the weights before that step are in {path}"
             raise NonFiniteLoss(message) from None
         position.trained = position.averages.means() | {
-            "lr": state.optimizer.param_groups[0]["lr"],
+            "lr": state.optimizer.param_groups[0]["lr"] * state.warmup(position.step),
             "images_per_second": progress.images_per_second,
             "peak_memory_mb": peak_memory_mb(),
         }
@@ -234,6 +253,7 @@ def check_only(cfg: Config) -> None:
 
 def train(cfg: Config, device: torch.device, argv: Sequence[str]) -> None:
     """Train from scratch or from a checkpoint, evaluating after every epoch."""
+    on_rank0(lambda: check_installed(cfg.logger))
     output_dir = on_rank0(lambda: prepare_output_dir(cfg))
     with claimed(output_dir), StopRequest() as stop:
         trainer = Trainer(cfg, device, stop)
@@ -251,6 +271,10 @@ def evaluate_only(cfg: Config, device: torch.device) -> None:
     if not source:
         raise UserError("resume: --eval and --test need a checkpoint, --resume FILE")
     checkpoint = read_checkpoint(source)
+    if cfg.max_enlargement:  # the sizes of its training
+        saved = checkpoint.get("config", {})
+        sizes = {name: value for name, value in saved.items() if name.startswith("data_aug")}
+        cfg = dataclasses.replace(cfg, **sizes)
     output_dir = on_rank0(lambda: prepare_output_dir(cfg))
     if cfg.test and output_dir is None:
         raise UserError("output_dir: --test needs it for its detections")

@@ -111,6 +111,27 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[NestedTensor, list[dict]]
     return nested_tensor_from_tensor_list(images), list(targets)
 
 
+def build_transforms(cfg: Any, train: bool) -> Callable:
+    resize = cfg.data_aug_scales, cfg.data_aug_max_size
+    if not train:
+        return eval_transforms(*resize)
+    crop = cfg.data_aug_scales2_resize, cfg.data_aug_scales2_crop, cfg.fix_size
+    return train_transforms(*resize, *crop)
+
+
+def fitting_sizes(dataset: CocoAnnotations, cfg: Any) -> dict[str, Any]:
+    """The options data_aug_*, all reduced by one factor so that a shorter side of median length is
+    enlarged at most `cfg.max_enlargement` times; none if they need not be."""
+    sides = dataset._sizes[np.isfinite(dataset._sizes).all(1)].min(1)
+    largest = cfg.max_enlargement * (np.median(sides) if len(sides) else np.inf)
+    factor = largest / max(cfg.data_aug_scales)
+    if not 0 < factor < 1:
+        return {}
+    given = {name: value for name, value in vars(cfg).items() if name.startswith("data_aug")}
+    shrink = lambda v: [shrink(x) for x in v] if isinstance(v, list) else max(round(v * factor), 8)
+    return {name: shrink(value) for name, value in given.items()}
+
+
 def build_dataset(
     cfg: Any, split: str, class_map: ClassMap | Callable[[list[dict]], ClassMap] | None = None
 ) -> CocoDetection:
@@ -118,9 +139,7 @@ def build_dataset(
     class_map: as in CocoDetection; by default from the categories and `cfg.num_classes`."""
     paths = once_per_node(lambda: {"paths": find_split(cfg, split)})["paths"]
     train, test = split == "train", split == "test"
-    resize = cfg.data_aug_scales, cfg.data_aug_max_size
-    crop = cfg.data_aug_scales2_resize, cfg.data_aug_scales2_crop, cfg.fix_size
-    transforms = train_transforms(*resize, *crop) if train else eval_transforms(*resize)
+    transforms = build_transforms(cfg, train)
     class_map = class_map or partial(ClassMap.from_categories, num_classes=cfg.num_classes)
     options = {"seed": cfg.seed, "strict": cfg.strict_data, "annotated": not test}
     return CocoDetection(*paths, transforms, class_map, train, **options)

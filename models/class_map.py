@@ -39,6 +39,12 @@ class ClassMap:
         """{category id: label}."""
         return {category_id: label for label, category_id in self.ids.items()}
 
+    def labels_in(self, other: ClassMap) -> dict[int, int]:
+        """{label: `other`'s label of the same name, whatever its case}, where there is one."""
+        label_of = {name.casefold(): label for label, name in other.names.items()}
+        named = ((label, name.casefold()) for label, name in self.names.items())
+        return {label: label_of[name] for label, name in named if name in label_of}
+
     @classmethod
     def from_categories(cls, categories: list[dict], num_classes: int | None = None) -> ClassMap:
         """Use COCO's 80 ids, and any ids below 91 if `num_classes` is 91, as labels, to match

@@ -24,11 +24,14 @@ from torch import Tensor, nn
 
 from .backbones import Backbone, efficientnet_lite, find_backbone
 from .backbones.timm_model import PREFIX
+from .class_map import ClassMap
 from .errors import UserError
 
 NAMES_SHOWN = 20
 STEP_COUNTER = "num_batches_tracked"  # of BatchNorm; frozen norms and old files have none
 ZIP_HEAD, PICKLE_HEAD = b"PK\x03\x04", b"\x80"  # torch.save's format, and its format before 1.6
+CLASS_ROWS = re.compile(r"class_embed\.(\d+\.)?(weight|bias)$|(^|\.)label_enc\.weight$")
+QUERY_ROWS = re.compile(r"(^|\.)(tgt_embed|refpoint_embed|query_embed|position)\.weight$")
 METADATA = {"config", "class_map", "epoch"}  # entries of a safetensors file beside the weights
 
 
@@ -245,6 +248,33 @@ def state_dict_of(checkpoint: Mapping, source: str) -> Mapping[str, Tensor]:
         places = "under 'model', 'ema_model' or 'state_dict', or as names and tensors alone"
         raise UserError(f"{source}: holds no weights; they are expected {places}")
     return _without_prefix(state)
+
+
+def with_matched_rows(
+    state: Mapping[str, Tensor], model: nn.Module, ours: ClassMap, theirs: ClassMap
+) -> dict[str, Tensor]:
+    """`state`, the weights of a detector for the classes `theirs`, as those of `model` for `ours`.
+
+    Class heads and label embeddings get a row for every label of `model`: the file's where it has a
+    class of that name, otherwise the model's own. What follows the labels' rows, such as the
+    softmax's no object, is the last one of both. Of learned queries, the first are the file's.
+    """
+    adapted = dict(state)
+    for name, own in model.state_dict().items():
+        value = state.get(name)
+        if value is None or value.shape[1:] != own.shape[1:]:
+            continue
+        if CLASS_ROWS.search(name):
+            rows = ours.labels_in(theirs)
+            if len(own) > ours.num_classes and len(value) > theirs.num_classes:
+                rows[len(own) - 1] = len(value) - 1
+        elif QUERY_ROWS.search(name):
+            rows = {i: i for i in range(min(len(own), len(value)))}
+        else:
+            continue
+        adapted[name] = own.to(value, copy=True)
+        adapted[name][list(rows)] = value[list(rows.values())]
+    return adapted
 
 
 def num_classes_of(checkpoint: Mapping, class_loss: str = "focal") -> int | None:

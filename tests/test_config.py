@@ -100,6 +100,7 @@ def test_command_lines(line: str, expected: dict):
         ("--backbone timm/resnet10", "did you mean timm/resnet1"),
         ("--onecyclelr --multi_step_lr", "mutually exclusive"),
         ("--onecyclelr --drop_lr_now", "mutually exclusive"),
+        ("--onecyclelr --warmup_epochs 1", "mutually exclusive"),
         ("--overwrite --resume auto", "mutually exclusive"),
         ("-m dino --num_patterns 3", "num_patterns: dino has none"),
         ("-m dino --random_refpoints_xy", "random_refpoints_xy: anchors are not learned with"),

@@ -54,6 +54,17 @@ def test_closed_form(model):
     assert "unsaved" in tensors(ema.module) and "frozen" in tensors(ema.module)
 
 
+def test_decay_warms_up(model):
+    """1/10, 2/11, 3/12, ... up to the given one."""
+    ema = ModelEma(model, 0.3, warmup=True)
+    for decay in (0.1, 2 / 11, 3 / 12, 0.3, 0.3):
+        before = ema.module.first.weight.clone()
+        randomise(model)
+        ema.update(model)
+        expected = decay * before + (1 - decay) * model.first.weight
+        torch.testing.assert_close(ema.module.first.weight, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_shared_parameter_is_averaged_once_and_stays_shared(model):
     ema = ModelEma(model, DECAY)
     before = model.first.weight.detach().clone()

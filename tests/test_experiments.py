@@ -16,6 +16,7 @@ from scipy import stats
 
 from datasets.toy import make_toy_coco
 from experiments import AP, Arm, Experiment, Toy, by_layer, load, logged, names
+from experiments.programs import after_toy
 from models import dn_components
 from models.errors import UserError
 from tests.kill_runs import read_log
@@ -88,6 +89,20 @@ def test_a_killed_comparison_goes_on(tmp_path: Path):
     assert again[: len(begun)] == begun and len(again) == 4
     assert "| without the mask - with the mask |" in (tmp_path / "docs/RESULTS.md").read_text()
     assert (results / "curves.png").stat().st_size > 10_000
+
+
+def test_finetuning_arms_share_a_toy_detector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    data = make_toy_coco(tmp_path / "toy", num_train=4, num_val=2, size=48)
+    monkeypatch.setattr(after_toy, "TOY", Toy(num_train=4, num_val=2, size=48))
+    for run in runs_of("finetune_cards", data, tmp_path, "epochs=1")[2:]:
+        train(run)
+    toy = tmp_path / "outputs/experiments/finetune_cards/toy_trained/seed_0"
+    assert [line["epoch"] for line in read_log(toy)] == list(range(after_toy.EPOCHS))
+    printed = capsys.readouterr().out
+    ignored, by_name = printed.index("\nignored: "), printed.index("6 of 6 classes are known")
+    assert f"{toy / 'checkpoint.pth'}:\nloaded: " in printed[:ignored] and ignored < by_name
 
 
 def test_changed_options_start_again(tmp_path: Path, capsys: pytest.CaptureFixture):

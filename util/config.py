@@ -31,6 +31,7 @@ from models.options import (
 )
 from models.registry import MODELS, check_options, find_model
 from util.checkpoint import read_checkpoint
+from util.loggers import SERVICES
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,16 @@ FIXED = {
 }
 
 
+# What --finetune sets where neither a config file nor the command line does.
+RECIPE = {
+    "warmup_epochs": 1,
+    "use_ema": True,
+    "ema_warmup": True,
+    "patience": 10,
+    "max_enlargement": 1.67,
+}
+
+
 @dataclass
 class DataOptions:
     """data"""
@@ -125,6 +136,12 @@ class DataOptions:
     )
     data_aug_scales2_crop: list[int] = option(
         [384, 600], "minimum and maximum side of the random crop; []: no crops", low=8
+    )
+    max_enlargement: float = option(
+        0,
+        "reduce the sizes above where they would enlarge the training image of median size "
+        "more than X times; 0: use them as they are; 1.67 is as published for 640 x 480",
+        low=0,
     )
 
 
@@ -164,6 +181,9 @@ class TrainingOptions:
         "one-cycle schedule: all rates, the backbone's too, rise to --lr for the first 20% of the "
         "run, then fall",
     )
+    warmup_epochs: float = option(
+        0, "raise the learning rates linearly from 0, step by step, over the first X epochs", low=0
+    )
     clip_max_norm: float = option(0.1, "maximum gradient norm; 0: no clipping", low=0)
     amp: bool = option(False, "train and evaluate in mixed precision")
     amp_dtype: str = option("bf16", "data type of --amp", choices=["bf16", "fp16"])
@@ -173,6 +193,12 @@ class TrainingOptions:
     use_ema: bool = option(False, "also keep, evaluate and save an EMA of the weights")
     ema_decay: float = option(0.9997, "decay of the EMA", low=0, high=1)
     ema_epoch: int = option(0, "first epoch of the EMA", low=0)
+    ema_warmup: bool = option(
+        False, "decay of the EMA after n of its steps at most (1 + n) / (10 + n)"
+    )
+    patience: int = option(
+        0, "stop when AP (of the EMA, if there is one) has not risen for N epochs; 0: never", low=0
+    )
 
 
 @dataclass
@@ -193,11 +219,18 @@ class RunOptions:
     override_resumed_lr_drop: bool = option(
         False, "when resuming, use the given --lr_drop or --lr_drop_list, not the checkpoint's"
     )
+    finetune: str = option(
+        "",
+        "checkpoint, a file or URL, to fine-tune on other data: loads its weights, of classes by "
+        "name, and sets what neither a config file nor a flag does: "
+        f"{', '.join(f'{k} {v}' for k, v in RECIPE.items())}; "
+        "without -c or -m, the model is the checkpoint's",
+    )
     pretrain_model_path: str = option(
-        "", "checkpoint, a file or URL, to fine-tune: its weights are loaded as far as they fit"
+        "", "checkpoint, a file or URL, to start from: its weights are loaded as far as they fit"
     )
     finetune_ignore: list[str] = option(
-        [], "skip weights of --pretrain_model_path with one of these in their names"
+        [], "skip weights of --finetune or --pretrain_model_path with one of these in their names"
     )
     start_epoch: int = option(0, "number of the first epoch; ignored when resuming", low=0)
     save_checkpoint_interval: int = option(10, "keep a checkpoint every N epochs", low=1)
@@ -217,6 +250,12 @@ class RunOptions:
         "",
         "directory for report.html, which each evaluation writes: curves, AP by class and size, "
         "confusions, calibration, kinds of errors, the worst images",
+    )
+    logger: list[str] = option(
+        [],
+        "also send what is logged to these services; their own environment variables apply, such "
+        "as WANDB_PROJECT and MLFLOW_TRACKING_URI; csv writes log.csv",
+        choices=list(SERVICES),
     )
     draw_images: int = option(
         0,
@@ -243,11 +282,16 @@ class Config(RunOptions, TrainingOptions, DataOptions, DetectorOptions):
         check_options(self)
         if not self.data_aug_scales:
             raise UserError("data_aug_scales needs at least one number")
-        for other in ("multi_step_lr", "drop_lr_now", "override_resumed_lr_drop"):
+        exclusive = ("multi_step_lr", "warmup_epochs", "drop_lr_now", "override_resumed_lr_drop")
+        for other in exclusive:
             if self.onecyclelr and getattr(self, other):
                 raise UserError(f"onecyclelr and {other} are mutually exclusive")
         if self.overwrite and self.resume == "auto":
             raise UserError("overwrite and resume auto are mutually exclusive")
+        if self.finetune and self.pretrain_model_path:
+            raise UserError("finetune and pretrain_model_path are mutually exclusive")
+        if self.logger and not self.output_dir:
+            raise UserError("logger: needs --output_dir, where the ids of its runs are kept")
 
 
 GROUPS = (ModelOptions, DenoisingOptions, LossOptions, DataOptions, TrainingOptions, RunOptions)
@@ -366,7 +410,16 @@ def make_config(path: str | Path | None, overrides: dict[str, Any]) -> Config:
     values = read_assignments(find_config_file(path), merge) if path else {}
     values |= overrides
     name = values.get("modelname", Config.modelname)
-    return Config(**resolve_selection(find_model(name).detector.implied | values))
+    implied = find_model(name).detector.implied | recipe(values, overrides)
+    return Config(**resolve_selection(implied | values))
+
+
+def recipe(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """What --finetune sets: no warm-up for a schedule that has one, no sizes if some are given."""
+    excluded = {"warmup_epochs"} if values.get("onecyclelr") else set()
+    if any(name.startswith("data_aug") for name in overrides):
+        excluded.add("max_enlargement")
+    return {k: v for k, v in RECIPE.items() if values.get("finetune") and k not in excluded}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -453,4 +506,9 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Config:
     source = values.get("resume", "")
     if not path and source not in ("", "auto"):
         values = saved_options(source) | values
+    elif not path and values.get("finetune"):
+        excluded = {"num_classes", "dn_labelbook_size", "data_aug_scales", "data_aug_max_size"}
+        saved = saved_options(values["finetune"])
+        values = {k: v for k, v in saved.items() if k not in excluded} | values
+        path = CONFIG_DIR / f"{find_model(values.get('modelname', Config.modelname)).config}.py"
     return make_config(path, values)

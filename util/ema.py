@@ -9,10 +9,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 class ModelEma:
     """Keeps ema = decay * ema + (1 - decay) * model for all floating-point parameters and buffers,
-    in `module`, a model in eval mode and without gradients. Integer buffers are copied."""
+    in `module`, a model in eval mode and without gradients. Integer buffers are copied. With
+    `warmup`, the decay after n updates is at most (1 + n) / (10 + n): the first ones count less."""
 
-    def __init__(self, model: nn.Module, decay: float = 0.9997):
-        self.decay = decay
+    def __init__(self, model: nn.Module, decay: float = 0.9997, warmup: bool = False):
+        self.decay, self.warmup, self.updates = decay, warmup, 0
         self.module = copy.deepcopy(_unwrap(model)).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -25,8 +26,12 @@ class ModelEma:
                 currents.append(current)
             else:
                 average.copy_(current)
+        decay = self.decay
+        if self.warmup:
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
         if averages:
-            torch._foreach_lerp_(averages, currents, 1 - self.decay)  # one launch for all tensors
+            torch._foreach_lerp_(averages, currents, 1 - decay)  # one launch for all tensors
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.module.state_dict()

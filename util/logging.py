@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from models.errors import UserError
 from models.machine import peak_memory_mb
+from util.loggers import Service
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +91,16 @@ class ProgressBar:
 
 
 class RunLog:
-    """Writes log.txt, one JSON line per epoch with the released keys, and the same to TensorBoard.
-    Removes lines from `first_epoch` on, left by an earlier process: these epochs are redone."""
+    """Writes log.txt, one JSON line per epoch with the released keys, and the same to TensorBoard
+    and `services`. Removes lines from `first_epoch` on, left by an earlier process: these epochs
+    are redone."""
 
-    def __init__(self, output_dir: str | Path, first_epoch: int = 0):
+    def __init__(
+        self, output_dir: str | Path, first_epoch: int = 0, services: Sequence[Service] = ()
+    ):
         from torch.utils.tensorboard import SummaryWriter  # only runs that are saved need it
 
-        self.path = Path(output_dir) / "log.txt"
+        self.path, self.services = Path(output_dir) / "log.txt", services
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if is_before(line, first_epoch)]
@@ -113,16 +117,25 @@ class RunLog:
                 file.write(json.dumps(stats) + "\n")
         except OSError as e:
             raise UserError(f"{self.path}: cannot be written: {e.strerror}") from e
+        scalars: dict[str, float] = {}
         for name, value in stats.items():
             if isinstance(value, list) and value:  # COCO's figures, AP and AP50 first
-                self.writer.add_scalar(f"{name}/AP", value[0], stats["epoch"])
-                self.writer.add_scalar(f"{name}/AP50", value[1], stats["epoch"])
+                scalars |= {f"{name}/AP": value[0], f"{name}/AP50": value[1]}
             elif isinstance(value, int | float):
-                self.writer.add_scalar(name, value, stats["epoch"])
+                scalars[name] = value
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, stats["epoch"])
         self.writer.flush()
+        for service in self.services:
+            try:
+                service.log(scalars, stats["epoch"])
+            except Exception as e:  # a service that is away must not end the training
+                logger.warning("logger: %s lacks epoch %d: %s", service.name, stats["epoch"], e)
 
     def close(self) -> None:
         self.writer.close()
+        for service in self.services:
+            service.close()
 
 
 def is_before(line: str, epoch: int) -> bool:

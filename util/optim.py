@@ -2,7 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -126,6 +127,17 @@ def build_scheduler(
     if cfg.multi_step_lr:
         return MultiStepLR(optimizer, cfg.lr_drop_list), False
     return StepLR(optimizer, cfg.lr_drop), False
+
+
+@contextmanager
+def scaled_rates(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
+    """Multiplies the learning rates within a `with`; after it, they are what they were."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+    yield
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def move_to(scheduler: LRScheduler, position: int) -> None:

@@ -77,7 +77,8 @@ def should_overwrite(cfg: Config) -> bool:
 
 def remove_run(output_dir: Path) -> None:
     """Delete a run's checkpoints and logs."""
-    for pattern in ("checkpoint*.pth", "log.txt", "events.out.tfevents.*"):
+    logs = "log.txt", "log.csv", "loggers.json", "events.out.tfevents.*"
+    for pattern in ("checkpoint*.pth", *logs):
         for path in output_dir.glob(pattern):
             path.unlink(missing_ok=True)
 
