@@ -165,15 +165,21 @@ def test_muon_steps_match_torch(monkeypatch: pytest.MonkeyPatch):
         assert (ours - theirs).norm() < 0.05 * length
 
 
-def test_released_optimizer_state_follows_its_own_parameter_order():
-    """Its groups are "not backbone" and "backbone"; frozen weights are in neither."""
+@pytest.mark.parametrize(("number", "has_offsets"), [(2, True), (3, True), (3, False)])
+def test_released_optimizer_state_follows_its_own_parameter_order(number: int, has_offsets: bool):
+    """Its groups are "not backbone" and "backbone", and in some projects `LOW_RATE`, to which
+    Anchor DETR has no parameter; frozen weights are in none."""
     torch.manual_seed(0)
     theirs, ours = Tiny(), Tiny()
+    if not has_offsets:
+        del theirs.sampling_offsets, ours.sampling_offsets
     names = list(theirs.state_dict())[::-1]  # as if their model were built in reverse order
     trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
-    ordered = [n for n in names if n in trained]
-    groups = [[trained[n] for n in ordered if ("backbone" in n) == b] for b in (False, True)]
-    released = torch.optim.AdamW([{"params": group} for group in [*groups, []]], lr=1e-4)
+    groups: list[list] = [[] for _ in range(number)]
+    for name in (n for n in names if n in trained):
+        is_low = number == 3 and "sampling_offsets" in name
+        groups[2 if is_low else "backbone" in name].append(trained[name])
+    released = torch.optim.AdamW([{"params": group} for group in groups], lr=1e-4)
     for _ in range(2):
         for parameter in trained.values():
             parameter.grad = torch.randn_like(parameter)
