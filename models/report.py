@@ -4,7 +4,7 @@ import base64
 import csv
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from html import escape
 from io import StringIO
@@ -173,11 +173,12 @@ def _image(path: Path, alt: str) -> str:
     return f"<img alt='{escape(alt)}' src='data:image/{kind};base64,{data}'>\n"
 
 
-def _plot(function: Callable, data: Any, path: Path, **options: Any) -> str:
+def _plot(name: str, data: Any, path: Path, **options: Any) -> str:
     """One of hotcoco's plots, in its file and as HTML."""
+    from hotcoco import plot
     from matplotlib import pyplot
 
-    figure, _ = function(data, save_path=path, paper_mode=True, **options)
+    figure, _ = getattr(plot, name)(data, save_path=path, paper_mode=True, **options)
     pyplot.close(figure)
     return _image(path, path.stem.replace("_", " "))
 
@@ -187,8 +188,6 @@ def _row(*parts: str) -> str:
 
 
 def _curves(evaluation: Any, objects: np.ndarray, directory: Path) -> str:
-    from hotcoco import plot
-
     by_count = np.argsort(-objects, kind="stable")[:PLOTTED]
     frequent = [i for i in by_count.tolist() if objects[i]]
     return _section(
@@ -197,9 +196,9 @@ def _curves(evaluation: Any, objects: np.ndarray, directory: Path) -> str:
         "that must fit ever more closely (IoU), the second for the classes with the most objects, "
         "and where a curve drops to 0, no detection of any score finds the rest.",
         _row(
-            _plot(plot.pr_curve_iou_sweep, evaluation, directory / "precision_recall_by_iou.png"),
+            _plot("pr_curve_iou_sweep", evaluation, directory / "precision_recall_by_iou.png"),
             _plot(
-                plot.pr_curve_top_n,
+                "pr_curve_top_n",
                 evaluation,
                 directory / "precision_recall_by_class.png",
                 cat_ids=frequent,
@@ -212,8 +211,6 @@ def _curves(evaluation: Any, objects: np.ndarray, directory: Path) -> str:
 def _classes(
     evaluation: Any, categories: Mapping[int, str], objects: np.ndarray, directory: Path
 ) -> str:
-    from hotcoco import plot
-
     # (IoUs, recalls, classes, sizes) and (IoUs, classes), for 100 detections per image
     precision = np.ma.masked_less(evaluation.eval["precision"][..., -1], 0)
     recall = np.ma.masked_less(evaluation.eval["recall"][:, :, 0, -1], 0)
@@ -238,7 +235,7 @@ def _classes(
     )
     if 0 < len(rows) <= BARS:
         bars = evaluation.results(per_class=True)
-        body += _row(_plot(plot.per_category_ap, bars, directory / "ap_by_class.png"))
+        body += _row(_plot("per_category_ap", bars, directory / "ap_by_class.png"))
     return _section(
         "AP by class",
         f"The worst classes first; {len(rows)} of {len(objects)} classes have objects here, and "
@@ -265,8 +262,6 @@ def _sizes(evaluation: Any) -> str:
 
 
 def _confusions(confusion: Mapping, directory: Path) -> str:
-    from hotcoco import plot
-
     return _section(
         "Confusion matrix",
         f"The parts of the objects of a class (row) that were detected as each class (column), by "
@@ -274,27 +269,23 @@ def _confusions(confusion: Mapping, directory: Path) -> str:
         "are missed objects, in the row BG detections of nothing; the bars are the most frequent "
         "mistakes, and of more than 30 classes the matrix has the 25 most confused.",
         _row(
-            _plot(plot.confusion_matrix, confusion, directory / "confusion_matrix.png"),
-            _plot(plot.top_confusions, confusion, directory / "top_confusions.png"),
+            _plot("confusion_matrix", confusion, directory / "confusion_matrix.png"),
+            _plot("top_confusions", confusion, directory / "top_confusions.png"),
         ),
     )
 
 
 def _calibration(evaluation: Any, directory: Path) -> str:
-    from hotcoco import plot
-
     calibration = evaluation.calibration(iou_threshold=IOU)
     return _section(
         "Score calibration",
         "How many of the detections with a score are correct: bars on the diagonal mean that a "
         "score is a probability, bars below it that scores are too high; ECE is the mean gap.",
-        _row(_plot(plot.reliability_diagram, calibration, directory / "calibration.png")),
+        _row(_plot("reliability_diagram", calibration, directory / "calibration.png")),
     )
 
 
 def _errors(evaluation: Any, directory: Path) -> str:
-    from hotcoco import plot
-
     tide = evaluation.tide_errors(pos_thr=IOU)
     rows = [
         (kind, text, tide["counts"][kind], f"{tide['delta_ap'][kind]:.3f}")
@@ -305,7 +296,7 @@ def _errors(evaluation: Any, directory: Path) -> str:
         "By how much AP50 would rise if all errors of a kind were corrected (TIDE, Bolya et al. "
         "2020): the longest bar is what to work on; counts are of detections of any score.",
         _table(("kind", "meaning", "count", "ΔAP50"), rows, "text")
-        + _row(_plot(plot.tide_errors, tide, directory / "error_kinds.png")),
+        + _row(_plot("tide_errors", tide, directory / "error_kinds.png")),
     )
 
 
