@@ -114,9 +114,9 @@ def test_in_a_browser(server, page, file, toy, tmp_path):
     (found,) = predictor.predict(images[0])
     assert 0 < len(found) < 20
     expect(result).to_have_value(f"{len(found)} objects")
-    expect(
-        page.locator("td").filter(has_text=f"{found.scores[0]:.3f}".rstrip("0")).first
-    ).to_be_visible()
+    score = f"{found.scores[0]:.3f}".rstrip("0")
+    expect(page.get_by_role("gridcell", name=score, exact=True).first).to_be_visible()
+    expect(page.locator("img")).to_have_count(1)
     assert np.abs(drawn(page) - np.asarray(found.draw())).mean() < 5
 
     threshold = page.get_by_role("spinbutton")

@@ -20,6 +20,7 @@ from ..build import config_dir, read_config
 from ..class_map import ClassMap
 from ..download import local_file
 from ..errors import UserError
+from ..images import read_image
 from ..options import DetectorOptions
 from ..predictor import Predictor
 from ..registry import MODELS
@@ -78,7 +79,7 @@ def draw(args: Namespace) -> None:
 def find_objects(predictor: Predictor, args: Namespace) -> tuple[Tensor, dict[str, Tensor], str]:
     """The image, its objects for denoising, and what these are."""
     if args.annotations is None:
-        (found,) = predictor.predict(args.image, args.threshold)
+        (found,) = predictor.predict(read_image(args.image), args.threshold)
         return found.image, dict(found), f"detections with score {args.threshold:g} or more"
     if predictor.model.prepare_denoising is None:
         raise UserError("annotations: this detector has no denoising, which they are for")
