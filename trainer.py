@@ -45,14 +45,15 @@ class Trainer:
         self.stop = stop
         source = on_rank0(lambda: find_resume(cfg, training=True))
         checkpoint = read_checkpoint(source) if source else None
-        class_map = class_map_of(checkpoint, cfg) if checkpoint else None
+        known = checkpoint or (cfg.frozen_weights and read_checkpoint(cfg.frozen_weights))
+        class_map = class_map_of(known, cfg) if known else None
         train_set = build_dataset(cfg, "train", class_map)
         check_queries(train_set, cfg)
         val_set = build_dataset(cfg, "val", train_set.class_map)
         self.val_loader = build_loader(val_set, cfg, train=False)
         self.train_loader = build_loader(train_set, cfg, train=True)
         cfg = dataclasses.replace(cfg, num_classes=train_set.class_map.num_classes)
-        if cfg.batch_norm_type.startswith("Frozen") and not (cfg.pretrained_backbone or checkpoint):
+        if cfg.batch_norm_type.startswith("Frozen") and not (cfg.pretrained_backbone or known):
             logger.warning("batch_norm_type: without pretrained weights, BatchNorm2d learns better")
         model, self.criterion, self.postprocess = build_model(cfg)
         epoch_length = len(self.train_loader) // cfg.accumulate
@@ -89,7 +90,8 @@ class Trainer:
             line |= {"epoch": epoch, "n_parameters": num_parameters, "epoch_time": str(seconds)}
             on_rank0(lambda line=line: log and log.write(line))
             position.trained, position.seconds = None, 0.0
-            ap = stats.get("ema_test_coco_eval_bbox", stats["test_coco_eval_bbox"])[0]
+            key = "test_coco_eval_masks" if cfg.masks else "test_coco_eval_bbox"
+            ap = stats.get(f"ema_{key}", stats[key])[0]
             copies = ["checkpoint_best.pth"] if ap > position.best_ap else []
             if (epoch + 1) % cfg.lr_drop == 0 or (epoch + 1) % cfg.save_checkpoint_interval == 0:
                 copies.append(f"checkpoint{epoch:04}.pth")
@@ -97,7 +99,7 @@ class Trainer:
             state.save(copies=copies)
             average = (time.monotonic() - begun) / (epoch + 1 - first)
             left = timedelta(seconds=int(average * (cfg.epochs - epoch - 1)))
-            ap, ap50 = stats["test_coco_eval_bbox"][:2]
+            ap, ap50 = stats[key][:2]
             logger.info(
                 f"epoch {epoch}: loss {line['train_loss']:.3f}, AP {ap:.3f}, AP50 {ap50:.3f}, "
                 f"{line['train_images_per_second']:.1f} images/s, left {left}"
@@ -198,9 +200,12 @@ def draw_pictures(evaluator: CocoEvaluator, directory: Path, number: int) -> Non
 
 
 def write_results(evaluator: CocoEvaluator, path: Path) -> None:
+    """Boxes, and masks in a file of their own, as COCO's server expects them."""
     detections = evaluator.detections
     path.write_text(json.dumps(detections))
     logger.info("%d detections in %s", len(detections), path)
+    if evaluator.dataset.masks:
+        path.with_stem(f"{path.stem}_segm").write_text(json.dumps(evaluator.segmentations))
 
 
 def check_queries(dataset: CocoDetection, cfg: Config) -> None:

@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from datasets.layouts import find_split
 from datasets.transforms import eval_transforms, train_transforms
 from models.class_map import ClassMap
-from models.coco import CocoAnnotations
+from models.coco import CocoAnnotations, decode
 from models.errors import UserError
 from models.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.distributed import once_per_node
@@ -30,9 +30,10 @@ class CocoDetection(CocoAnnotations, torch.utils.data.Dataset):
     `dataset[i]` is (image, target): image (3, H, W) float32, normalised; target {"labels": (n,)
     int64, "boxes": (n, 4) float32 cxcywh in [0, 1] of the transformed image, "image_id": (), and
     "orig_size" and "size": (2,) int64 (h, w) before and after the transforms}. Targets exclude
-    crowds and boxes that are not finite, empty or outside the image; they may have n = 0.
+    crowds and boxes that are not finite, empty or outside the image; they may have n = 0. With
+    `masks` they also exclude objects without a mask and have "masks" (n, H, W) bool.
 
-    class_map, annotated: as in `CocoAnnotations`.
+    class_map, annotated, masks: as in `CocoAnnotations`.
     train: augmentation depends only on (seed, epoch, i). An unreadable image is replaced by the
     next one, and its file is listed in the target's "skipped"; with `strict`, or without `train`,
     it raises UserError.
@@ -49,12 +50,13 @@ class CocoDetection(CocoAnnotations, torch.utils.data.Dataset):
         seed: int = 0,
         strict: bool = False,
         annotated: bool = True,
+        masks: bool = False,
     ):
         self.transforms, self.train, self.seed, self.strict = transforms, train, seed, strict
         # In shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._warned_about_size = False
-        super().__init__(image_dir, annotation_file, class_map, annotated)
+        super().__init__(image_dir, annotation_file, class_map, annotated, masks)
 
     def _share(self, load: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return once_per_node(load)
@@ -68,6 +70,9 @@ class CocoDetection(CocoAnnotations, torch.utils.data.Dataset):
             raise IndexError(index)  # ends a loop over the data set
         image, position, skipped = self._read(index)
         size, declared_size = tuple(image.shape[-2:]), tuple(self._sizes[position].tolist())
+        if size != declared_size and np.inf not in declared_size and self.masks:
+            problem = f"{self.file_name(position)} is {size}, not {declared_size} (height, width)"
+            raise UserError(f"{self.annotation_file}: {problem}: its masks do not fit, correct it")
         if size != declared_size and np.inf not in declared_size and not self._warned_about_size:
             self._warned_about_size = True  # once per worker
             message = "%s: (height, width) of %s is %s, not %s: check that boxes match the image"
@@ -79,6 +84,9 @@ class CocoDetection(CocoAnnotations, torch.utils.data.Dataset):
         boxes = torch.from_numpy(corners[kept])
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
         target = {"boxes": boxes, "labels": torch.from_numpy(self._labels[objects][kept])}
+        if self.masks:
+            rows = self._object_row[objects][kept].tolist()
+            target["masks"] = tv_tensors.Mask(decode([self.rle(row, size) for row in rows], size))
         image = tv_tensors.Image(image)
         seed = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
@@ -123,4 +131,5 @@ def build_dataset(
     transforms = train_transforms(*resize, *crop) if train else eval_transforms(*resize)
     class_map = class_map or partial(ClassMap.from_categories, num_classes=cfg.num_classes)
     options = {"seed": cfg.seed, "strict": cfg.strict_data, "annotated": not test}
+    options["masks"] = cfg.masks
     return CocoDetection(*paths, transforms, class_map, train, **options)

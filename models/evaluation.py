@@ -1,19 +1,20 @@
-"""COCO's box evaluation, by pycocotools; where hotcoco is installed, it computes the curves."""
+"""COCO's evaluation of boxes and masks, by pycocotools; where hotcoco is installed, it computes the
+curves."""
 
 import io
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from pycocotools.mask import area
 from torch import Tensor
 from torchvision.ops import box_convert
 
-if TYPE_CHECKING:
-    from .coco import CocoAnnotations
+from .coco import CocoAnnotations, decode, encode
 
 try:
     import hotcoco
@@ -26,19 +27,22 @@ Columns = dict[str, np.ndarray]
 def curves_by_pycocotools(images: int, categories: int, truth: Columns, found: Columns) -> dict:
     """COCOeval's `eval`: "precision" (IoUs, recalls, categories, sizes, limits), "recall" without
     the axis of recalls. Ids of images and categories are below their numbers. Columns: "image_id",
-    "category_id" (n,), "bbox" (n, 4); "area", "iscrowd" (n,) of objects, "score" of detections."""
-    found = found | {"area": found["bbox"][:, 2] * found["bbox"][:, 3]}
+    "category_id" (n,), "bbox" (n, 4); "area", "iscrowd" (n,) of objects, "score" of detections. If
+    there is "segmentation" (n,), RLEs, masks are evaluated, by their own areas."""
+    rles = found.get("segmentation")
+    areas = found["bbox"][:, 2] * found["bbox"][:, 3] if rles is None else area(list(rles))
+    found = found | {"area": areas}
     indices = COCO(), COCO()
     with redirect_stdout(io.StringIO()):
         for index, columns in zip(indices, (truth, found), strict=True):
             index.dataset = {
-                "images": [{"id": i} for i in range(images)],
+                "images": [{"id": i, "height": 0, "width": 0} for i in range(images)],
                 "categories": [{"id": i} for i in range(categories)],
                 # From 1, as COCOeval cannot match id 0.
                 "annotations": [{"id": i, **row} for i, row in enumerate(_rows(columns), start=1)],
             }
             index.createIndex()
-        evaluation = COCOeval(*indices, "bbox")
+        evaluation = COCOeval(*indices, "bbox" if rles is None else "segm")
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval
@@ -47,14 +51,20 @@ def curves_by_pycocotools(images: int, categories: int, truth: Columns, found: C
 def curves_by_hotcoco(images: int, categories: int, truth: Columns, found: Columns) -> dict:
     """The same bits as `curves_by_pycocotools`, much faster."""
     library: Any = hotcoco  # its types are narrower than what it takes
+    with_masks = "segmentation" in found
     index = library.COCO.from_arrays(
         [{"id": i} for i in range(images)],
         [{"id": i, "name": str(i)} for i in range(categories)],  # it warns of unnamed ones
         *(truth[key] for key in ("image_id", "category_id", "bbox")),
         **{key: truth[key] for key in ("area", "iscrowd")},
+        segmentation=list(truth["segmentation"]) if with_masks else None,
     )
-    columns = [found[key] for key in ("image_id", "bbox", "score", "category_id")]
-    evaluation = library.COCOeval(index, index.load_res(np.column_stack(columns)), "bbox")
+    if with_masks:  # without boxes, so that areas are those of the masks
+        results = index.load_res(_rows({k: v for k, v in found.items() if k != "bbox"}))
+    else:
+        columns = [found[key] for key in ("image_id", "bbox", "score", "category_id")]
+        results = index.load_res(np.column_stack(columns))
+    evaluation = library.COCOeval(index, results, "segm" if with_masks else "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation.eval
@@ -66,19 +76,22 @@ def _rows(columns: Columns) -> list[dict[str, Any]]:
 
 
 class CocoEvaluator:
-    """Collects detections and evaluates them, for the images in `results` only."""
+    """Collects detections and evaluates them, for the images in `results` only; masks too, if the
+    data set is read with them."""
 
     def __init__(
         self,
-        dataset: "CocoAnnotations",
+        dataset: CocoAnnotations,
         curves: Callable = curves_by_hotcoco if hotcoco else curves_by_pycocotools,
     ):
         self.dataset, self.curves = dataset, curves
-        # {image id: (k times the id, k category ids, boxes (k, 4) xywh, k scores)}
+        # {image id: (k times the id, k category ids, boxes (k, 4) xywh, k scores, k RLEs or None)}
         self.results: dict[int, tuple[np.ndarray, ...]] = {}
+        self._tables: dict[str, str] = {}
 
     def update(self, results: dict[int, dict[str, Tensor]]) -> None:
-        """results: {image id: {"scores" (k,), "labels" (k,), "boxes" (k, 4) xyxy in pixels}}.
+        """results: {image id: {"scores" (k,), "labels" (k,), "boxes" (k, 4) xyxy in pixels,
+        and for masks "masks" (k, h, w) bool}}.
         Labels without a category are ignored, and so are scores and boxes that are not finite:
         COCOeval would count a NaN overlap as a match."""
         ids = self.dataset.class_map.ids
@@ -89,7 +102,11 @@ class CocoEvaluator:
             category_ids = np.array([ids[i] for i in labels[keep].tolist()], dtype=np.int64)
             # Keeps all digits that float32 scores have, and more than boxes need.
             scores, boxes = scores[keep].round(8), boxes[keep].round(3)
-            self.results[image_id] = np.full(len(scores), image_id), category_ids, boxes, scores
+            rles = np.full(len(scores), None)
+            if self.dataset.masks:
+                rles[:] = encode(result["masks"][torch.from_numpy(keep)])
+            columns = np.full(len(scores), image_id), category_ids, boxes, scores, rles
+            self.results[image_id] = columns
 
     def join(self, parts: Sequence[dict[int, tuple]]) -> None:
         """Combine the `results` of several processes, in the data set's order."""
@@ -98,26 +115,37 @@ class CocoEvaluator:
             id_: results[id_] for id_ in self.dataset.image_ids.tolist() if id_ in results
         }
 
-    def _found(self) -> Columns:
-        none = *np.empty((2, 0), dtype=np.int64), np.empty((0, 4)), np.empty(0)
+    def _found(self, masks: bool = False) -> Columns:
+        none = *np.empty((2, 0), dtype=np.int64), np.empty((0, 4)), *np.empty((2, 0))
         columns = map(np.concatenate, zip(none, *self.results.values(), strict=True))
-        keys = "image_id", "category_id", "bbox", "score"
-        return dict(zip(keys, columns, strict=True))
+        keys = "image_id", "category_id", "bbox", "score", "segmentation"
+        found = dict(zip(keys, columns, strict=True))
+        if not masks:
+            del found["segmentation"]
+        return found
 
     def drawable(self, image_id: int, number: int) -> dict[str, Any]:
         """The best detections of an image as arguments of `draw.draw_boxes`."""
-        _, category_ids, boxes, scores = (column[:number] for column in self.results[image_id])
+        _, category_ids, boxes, scores, rles = (c[:number] for c in self.results[image_id])
         boxes = box_convert(torch.from_numpy(boxes), "xywh", "xyxy")
         labels = [self.dataset.class_map.label_of[i] for i in category_ids.tolist()]
-        return {"boxes": boxes, "labels": labels, "scores": scores}
+        drawable = {"boxes": boxes, "labels": labels, "scores": scores}
+        return drawable | ({"masks": decode(rles)} if self.dataset.masks else {})
 
     @property
     def detections(self) -> list[dict[str, Any]]:
         """All detections in COCO's results format, as evaluated, JSON-serialisable."""
         return _rows(self._found())
 
-    def summarize(self) -> list[float]:
-        """COCO's 12 metrics, AP first; -1 if there are no objects, e.g. no small ones."""
+    @property
+    def segmentations(self) -> list[dict[str, Any]]:
+        """As `detections`, masks instead of boxes: with both, pycocotools would divide masks into
+        small and large by the areas of boxes."""
+        return _rows({k: v for k, v in self._found(masks=True).items() if k != "bbox"})
+
+    def summarize(self, kind: str = "bbox") -> list[float]:
+        """COCO's 12 metrics of boxes or, for "segm", masks, AP first; -1 if there are no objects,
+        e.g. no small ones."""
         image_ids = np.array(sorted(self.results), dtype=np.int64)
         self._category_ids = np.unique([c["id"] for c in self.dataset.categories])
 
@@ -130,18 +158,21 @@ class CocoEvaluator:
             category = np.searchsorted(self._category_ids, columns["category_id"])
             return columns | {"image_id": image, "category_id": category}
 
-        truth, found = self.dataset.ground_truth(self.results), self._found()
+        masks = kind == "segm"
+        truth, found = self.dataset.ground_truth(self.results, masks), self._found(masks)
         counts = len(image_ids), len(self._category_ids)
-        evaluation = COCOeval(iouType="bbox")
+        evaluation = COCOeval(iouType=kind)
         evaluation.eval = self.curves(*counts, numbered(truth), numbered(found))
         with redirect_stdout(io.StringIO()) as output:
             evaluation.summarize()
-        self._table, self._precision = output.getvalue(), evaluation.eval["precision"]
+        self._tables[kind], self._precision = output.getvalue(), evaluation.eval["precision"]
         return evaluation.stats.tolist()
 
     def table(self) -> str:
-        """The 12 lines that COCO's evaluation prints for the last `summarize`."""
-        return self._table
+        """The 12 lines that COCO's evaluation prints, of boxes, and then of masks if evaluated."""
+        if len(self._tables) == 1:
+            return "".join(self._tables.values())
+        return "".join(f"{kind}\n{table}" for kind, table in self._tables.items())
 
     def per_class(self) -> dict[str, float]:
         """{category name: AP} of the last `summarize`, without categories that have no objects."""
