@@ -106,8 +106,6 @@ def describe(dataset: CocoDetection, found: Scan, cfg: Config) -> list[str]:
     empty, outside, moved = dataset.ignored
     in_images = lambda chosen: f"in images: {some([names[i] for i in np.unique(owner[chosen])])}"
     most, crowded = dataset.most_objects()
-    bad, lost = dataset.bad_shapes if dataset.masks else (0, 0)
-    without = f"polygons and RLEs left out: {bad}; objects that have no mask: {lost}"
     return [
         f"{len(names)} images, {len(boxes)} objects, {int(dataset._iscrowd.sum())} crowds",
         f"objects per image: mean {counts.mean():.1f}, most {most} in {crowded}",
@@ -119,8 +117,14 @@ def describe(dataset: CocoDetection, found: Scan, cfg: Config) -> list[str]:
         f"boxes with a side under {TINY} pixels when evaluated: {tiny.sum()}, {in_images(tiny)}",
         f"boxes over {HUGE:.0%} of the image: {huge.sum()}, {in_images(huge)}",
         f"boxes annotated twice: {some(twice)}",
-        *([without] if dataset.masks else []),
+        *([masks(dataset)] if dataset.masks else []),
     ]
+
+
+def masks(dataset: CocoDetection) -> str:
+    shapes = dataset.shapes
+    lost = int((~shapes.exist).sum())
+    return f"bad polygons and RLEs left out: {shapes.bad}; annotations without a mask: {lost}"
 
 
 def classes(splits: Mapping[str, CocoDetection]) -> list[str]:

@@ -2,10 +2,9 @@
 
 import json
 import logging
-import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +15,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from .class_map import ClassMap
-from .errors import UserError, import_extra
+from .errors import UserError
 from .images import read_image
 
 logger = logging.getLogger(__name__)
@@ -30,18 +29,15 @@ class CocoAnnotations:
     class_map: the labels of a trained model, or a function from categories to labels.
     annotated: False for a test set, which has no annotations and, if class_map is given, need not
     have categories.
-    masks: also read what `segmentation` outlines. Objects without a mask are then not usable.
     """
 
+    masks = False  # whether `segmentation` is read too
     image_ids: np.ndarray
     categories: list[dict]
     class_map: ClassMap
     _names: np.ndarray  # of the image files, as bytes
     _offsets: np.ndarray  # (images + 1,) of each image's usable objects
     _image_id: np.ndarray  # (annotations,)
-    _row: np.ndarray  # (annotations,) in the file, and `_object_row` (usable objects,)
-    _shapes: np.ndarray  # with masks, the JSON of every annotation's mask, as bytes
-    _shape_ends: np.ndarray  # (annotations in the file + 1,) where each of those begins and ends
     _sizes: np.ndarray  # (images, 2) height and width, infinite if unknown
 
     def __init__(
@@ -50,9 +46,7 @@ class CocoAnnotations:
         annotation_file: str | Path,
         class_map: ClassMap | Callable[[list[dict]], ClassMap] = ClassMap.from_categories,
         annotated: bool = True,
-        masks: bool = False,
     ):
-        self.masks = masks
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
         for name, value in self._share(lambda: self._load(class_map, annotated)).items():
             setattr(self, name, value)
@@ -86,10 +80,7 @@ class CocoAnnotations:
         items = self._section(data, "annotations", annotated)
         arrays = self._annotations(items, ids, sizes, class_map)
         if annotated and not len(arrays["_labels"]):
-            wanted = "non-empty, non-crowd box" + self.masks * " with a mask"
-            self._fail("has no usable object", f"at least one {wanted} is needed")
-        if self.masks and annotated and np.inf in sizes:
-            self._fail("an image has no 'height' or 'width'", "masks need both")
+            self._fail("has no usable object", "at least one non-empty, non-crowd box is needed")
         names = np.array([name.encode(errors="surrogatepass") for name in names])
         arrays |= {"image_ids": np.array(ids), "_names": names, "_sizes": sizes}
         return {**arrays, "categories": categories, "class_map": class_map}
@@ -175,17 +166,13 @@ class CocoAnnotations:
         truth = np.array(image_ids)[image], np.array(category), boxes, area, crowd
         arrays = {f"_{key}": values[valid] for key, values in zip(TRUTH, truth, strict=True)}
 
-        arrays["_row"], usable = np.flatnonzero(valid), valid & ~crowd
-        if self.masks:
-            arrays |= self._read_shapes(items, sizes[image])
-            usable &= np.diff(arrays["_shape_ends"]) > 0
-        usable = np.flatnonzero(usable)
+        usable = np.flatnonzero(valid & ~crowd)
         usable = usable[np.argsort(image[usable], kind="stable")]
         xyxy = np.concatenate([boxes[usable, :2], boxes[usable, :2] + boxes[usable, 2:]], axis=1)
         clipped = xyxy.clip(0, sizes[image[usable]][:, [1, 0, 1, 0]])
         inside = (clipped[:, 2:] > clipped[:, :2]).all(1)
         arrays |= {"_boxes": clipped[inside].astype(np.float32), "_labels": label[usable][inside]}
-        arrays["_object_row"] = usable[inside]
+        arrays |= {"_row": np.flatnonzero(valid), "_object_row": usable[inside]}  # in the file
         starts = np.arange(len(image_ids) + 1)
         arrays["_offsets"] = np.searchsorted(image[usable][inside], starts)
         # Rounding moves many boxes a fraction of a pixel outside: no warning for those.
@@ -195,35 +182,6 @@ class CocoAnnotations:
             message = "%s: ignored %d empty or non-finite boxes and %d outside the image"
             logger.warning(f"{message}, clipped %d to the image", self.annotation_file, *counts)
         return arrays | {"ignored": counts}
-
-    def _read_shapes(self, items: list[dict], sizes: np.ndarray) -> dict[str, Any]:
-        """`_shapes` and `_shape_ends`; `bad_shapes`: numbers of polygons or RLEs left out, and of
-        annotations without any other. `sizes` (annotations, 2) are those of their images."""
-        texts, bad = [], 0
-        for item, (height, width) in zip(items, sizes.tolist(), strict=True):
-            given = item.get("segmentation") or []
-            parts = given if isinstance(given, list) else [given]
-            good = [part for part in parts if _is_polygon(part, height, width)]
-            if isinstance(given, dict) and _is_rle(given, height, width):
-                good = parts
-            bad += len(parts) - len(good)
-            texts.append(json.dumps(good).encode() if good else b"")
-        lost = texts.count(b"")
-        if bad or lost:
-            message = "%s: left out %d bad polygons or RLEs; %d objects have no mask"
-            logger.warning(message, self.annotation_file, bad, lost)
-        ends = np.cumsum([0, *map(len, texts)])
-        shapes = np.frombuffer(b"".join(texts), dtype=np.uint8)
-        return {"_shapes": shapes, "_shape_ends": ends, "bad_shapes": (bad, lost)}
-
-    def rle(self, row: int, size: Sequence[int]) -> dict[str, Any]:
-        """The mask of an annotation by its row in the file, in an image of size (h, w), as
-        pycocotools' RLE."""
-        mask = import_extra("pycocotools.mask", "eval")
-        shapes = json.loads(self._shapes[slice(*self._shape_ends[row : row + 2])].tobytes())
-        if isinstance(shapes[0], list) or isinstance(shapes[0]["counts"], list):
-            shapes = mask.frPyObjects(shapes, *size)
-        return mask.merge(shapes)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -241,46 +199,21 @@ class CocoAnnotations:
         counts = np.diff(self._offsets)
         return int(counts.max()), self.file_name(int(counts.argmax()))
 
-    def ground_truth(self, image_ids: Iterable[int], masks: bool = False) -> dict[str, np.ndarray]:
+    def ground_truth(self, image_ids: Iterable[int]) -> dict[str, np.ndarray]:
         """Annotations of some images for COCO's evaluation, as columns: "image_id", "category_id",
-        "area", "iscrowd" (n,), "bbox" (n, 4) as in the file; crowds and missing areas filled in.
-        With `masks` those that have one, and "segmentation" (n,), an RLE."""
+        "area", "iscrowd" (n,), "bbox" (n, 4) as in the file; crowds and missing areas filled in."""
         chosen = np.isin(self._image_id, list(image_ids))
-        if masks:
-            chosen &= np.diff(self._shape_ends)[self._row] > 0
-        columns = {key: getattr(self, f"_{key}")[chosen] for key in TRUTH}
-        if masks:
-            sizes = dict(zip(self.image_ids.tolist(), self._sizes.tolist(), strict=True))
-            rows = zip(self._row[chosen].tolist(), columns["image_id"].tolist(), strict=True)
-            rles = [self.rle(row, [int(side) for side in sizes[id_]]) for row, id_ in rows]
-            columns["segmentation"] = np.array(rles, dtype=object)
-        return columns
+        return {key: getattr(self, f"_{key}")[chosen] for key in TRUTH}
 
     def drawable_truth(self, image_id: int) -> dict[str, Any]:
         """An image's annotations, including crowds, as arguments of `draw.draw_boxes`."""
-        truth = self.ground_truth([image_id], self.masks)
+        return self.drawable(self.ground_truth([image_id]))
+
+    def drawable(self, truth: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Some of `ground_truth` as arguments of `draw.draw_boxes`."""
         boxes = box_convert(torch.from_numpy(truth["bbox"]).float(), "xywh", "xyxy")
         labels = [self.class_map.label_of[i] for i in truth["category_id"].tolist()]
-        drawable = {"boxes": boxes, "labels": labels, "crowd": truth["iscrowd"].tolist()}
-        if self.masks:
-            drawable["masks"] = decode(truth["segmentation"])
-        return drawable
-
-
-def decode(rles: Sequence[dict] | np.ndarray, size: Sequence[int] = (0, 0)) -> Tensor:
-    """Masks (n, h, w), uint8, from pycocotools' RLEs; `size` is that of none."""
-    mask = import_extra("pycocotools.mask", "eval")
-    if not len(rles):
-        return torch.zeros(0, *size, dtype=torch.uint8)
-    return torch.from_numpy(mask.decode(list(rles))).permute(2, 0, 1).contiguous()
-
-
-def encode(masks: Tensor) -> list[dict[str, Any]]:
-    """The RLE of masks (n, h, w), bool, fit for JSON."""
-    mask = import_extra("pycocotools.mask", "eval")
-    columns = masks.permute(0, 2, 1).contiguous().to("cpu", torch.uint8).numpy()
-    rles = [mask.encode(x.T) for x in columns]
-    return [{**rle, "counts": rle["counts"].decode()} for rle in rles]
+        return {"boxes": boxes, "labels": labels, "crowd": truth["iscrowd"].tolist()}
 
 
 def _without_segmentation(item: dict) -> dict:
@@ -294,24 +227,3 @@ _is_int = lambda value: type(value) is int and abs(value) < 2**63
 _is_in = lambda ids: lambda value: _is_int(value) and value in ids
 _is_number = lambda value: value is None or isinstance(value, int | float)
 _is_box = lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
-
-
-def _is_polygon(part: Any, height: float, width: float) -> bool:
-    """Whether it has at least 3 points, x and y of each, and reaches into the image."""
-    if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
-        return False
-    if not all(isinstance(value, int | float) for value in part) or not math.isfinite(sum(part)):
-        return False
-    x, y = part[::2], part[1::2]
-    return min(x) < width and max(x) > 0 and min(y) < height and max(y) > 0
-
-
-def _is_rle(shape: dict, height: float, width: float) -> bool:
-    """Whether it has the image's size, and if it is not compressed, its number of pixels."""
-    counts = shape.get("counts")
-    if shape.get("size") != [height, width]:
-        return False
-    if isinstance(counts, list):
-        runs = all(_is_int(n) and n >= 0 for n in counts)
-        return runs and sum(counts) == height * width
-    return isinstance(counts, str) and counts != ""

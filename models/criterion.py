@@ -26,10 +26,7 @@ class Matching(Assignment):
     layers: Sequence[LayerOutputs] = ()
     targets: Targets = ()
 
-    @cached_property
-    def masks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`matched_masks`, shared by the losses of masks."""
-        return matched_masks(self)
+    masks = cached_property(matched_masks)  # which several losses use
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from .class_map import ClassMap
-from .coco import encode
 from .draw import draw_boxes
 from .errors import import_extra
+from .masks import encode
 
 
 @dataclass(eq=False, repr=False)

@@ -1,5 +1,4 @@
-"""COCO's evaluation of boxes and masks, by pycocotools; where hotcoco is installed, it computes the
-curves."""
+"""COCO's evaluation of boxes and masks by pycocotools, with hotcoco's curves where installed."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -14,7 +13,8 @@ from pycocotools.mask import area
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from .coco import CocoAnnotations, decode, encode
+from .coco import CocoAnnotations
+from .masks import decode, encode
 
 try:
     import hotcoco
@@ -22,6 +22,7 @@ except ImportError:
     hotcoco = None  # type: ignore[assignment]
 
 Columns = dict[str, np.ndarray]
+RESULT = ("image_id", "category_id", "bbox", "score")
 
 
 def curves_by_pycocotools(images: int, categories: int, truth: Columns, found: Columns) -> dict:
@@ -60,7 +61,7 @@ def curves_by_hotcoco(images: int, categories: int, truth: Columns, found: Colum
         segmentation=list(truth["segmentation"]) if with_masks else None,
     )
     if with_masks:  # without boxes, so that areas are those of the masks
-        results = index.load_res(_rows({k: v for k, v in found.items() if k != "bbox"}))
+        results = index.load_res(_rows(found, but="bbox"))
     else:
         columns = [found[key] for key in ("image_id", "bbox", "score", "category_id")]
         results = index.load_res(np.column_stack(columns))
@@ -70,9 +71,9 @@ def curves_by_hotcoco(images: int, categories: int, truth: Columns, found: Colum
     return evaluation.eval
 
 
-def _rows(columns: Columns) -> list[dict[str, Any]]:
-    values = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in values]
+def _rows(columns: Columns, but: str = "") -> list[dict[str, Any]]:
+    lists = {key: column.tolist() for key, column in columns.items() if key != but}
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
 
 class CocoEvaluator:
@@ -105,8 +106,8 @@ class CocoEvaluator:
             rles = np.full(len(scores), None)
             if self.dataset.masks:
                 rles[:] = encode(result["masks"][torch.from_numpy(keep)])
-            columns = np.full(len(scores), image_id), category_ids, boxes, scores, rles
-            self.results[image_id] = columns
+            whose = np.full(len(scores), image_id)
+            self.results[image_id] = whose, category_ids, boxes, scores, rles
 
     def join(self, parts: Sequence[dict[int, tuple]]) -> None:
         """Combine the `results` of several processes, in the data set's order."""
@@ -115,14 +116,11 @@ class CocoEvaluator:
             id_: results[id_] for id_ in self.dataset.image_ids.tolist() if id_ in results
         }
 
-    def _found(self, masks: bool = False) -> Columns:
+    def _found(self, kind: str = "bbox") -> Columns:
         none = *np.empty((2, 0), dtype=np.int64), np.empty((0, 4)), *np.empty((2, 0))
         columns = map(np.concatenate, zip(none, *self.results.values(), strict=True))
-        keys = "image_id", "category_id", "bbox", "score", "segmentation"
-        found = dict(zip(keys, columns, strict=True))
-        if not masks:
-            del found["segmentation"]
-        return found
+        found = dict(zip((*RESULT, "segmentation"), columns, strict=True))
+        return found if kind == "segm" else {key: found[key] for key in RESULT}
 
     def drawable(self, image_id: int, number: int) -> dict[str, Any]:
         """The best detections of an image as arguments of `draw.draw_boxes`."""
@@ -139,9 +137,8 @@ class CocoEvaluator:
 
     @property
     def segmentations(self) -> list[dict[str, Any]]:
-        """As `detections`, masks instead of boxes: with both, pycocotools would divide masks into
-        small and large by the areas of boxes."""
-        return _rows({k: v for k, v in self._found(masks=True).items() if k != "bbox"})
+        """As `detections`, masks instead of boxes, whose areas pycocotools would use."""
+        return _rows(self._found("segm"), but="bbox")
 
     def summarize(self, kind: str = "bbox") -> list[float]:
         """COCO's 12 metrics of boxes or, for "segm", masks, AP first; -1 if there are no objects,
@@ -158,8 +155,9 @@ class CocoEvaluator:
             category = np.searchsorted(self._category_ids, columns["category_id"])
             return columns | {"image_id": image, "category_id": category}
 
-        masks = kind == "segm"
-        truth, found = self.dataset.ground_truth(self.results, masks), self._found(masks)
+        dataset: Any = self.dataset
+        truth_of = dataset.mask_truth if kind == "segm" else dataset.ground_truth
+        truth, found = truth_of(self.results), self._found(kind)
         counts = len(image_ids), len(self._category_ids)
         evaluation = COCOeval(iouType=kind)
         evaluation.eval = self.curves(*counts, numbered(truth), numbered(found))
@@ -169,10 +167,8 @@ class CocoEvaluator:
         return evaluation.stats.tolist()
 
     def table(self) -> str:
-        """The 12 lines that COCO's evaluation prints, of boxes, and then of masks if evaluated."""
-        if len(self._tables) == 1:
-            return "".join(self._tables.values())
-        return "".join(f"{kind}\n{table}" for kind, table in self._tables.items())
+        """The 12 lines that COCO's evaluation prints, of boxes, then of masks if evaluated."""
+        return "masks\n".join(self._tables.values())
 
     def per_class(self) -> dict[str, float]:
         """{category name: AP} of the last `summarize`, without categories that have no objects."""

@@ -1,8 +1,7 @@
-"""DETR's mask head (Carion et al. 2020, section 4.4) on a detector with one feature level.
+"""DETR's mask head (Carion et al. 2020, section 4.4) on a detector with one feature level. A
+query's attention over the pixels becomes a mask with the help of the backbone's finer maps.
 
-A query's attention over the pixels, head by head, is enlarged to a mask with the help of the
-backbone's finer maps. Masks are only computed for the queries that are asked for: in training those
-that are matched, in evaluation those that are selected.
+Masks are only computed for the queries that are asked for: those that are matched or selected.
 """
 
 from collections.abc import Sequence
@@ -11,12 +10,14 @@ from itertools import pairwise
 from math import gcd
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .detector import Detector, Outputs
 from .dn_components import focal_term
+from .errors import import_extra
 from .nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from .options import DetectorOptions
 from .recompute import run
@@ -40,29 +41,26 @@ class AttentionMaps(nn.Module):
     def forward(self, states: Tensor, memory: Tensor, padding: Tensor, image: Tensor) -> Tensor:
         """States (N, D) of queries of the images `image` (N,), memory (B, S, D), padding (B, S) ->
         (N, heads, S), which sum to 1 over heads and pixels together."""
-        query, key = (
-            x.unflatten(-1, (self.num_heads, -1))
-            for x in (self.q_linear(states), self.k_linear(memory)[image])
-        )
+        pair = self.q_linear(states), self.k_linear(memory)[image]
+        query, key = (x.unflatten(-1, (self.num_heads, -1)) for x in pair)
         weights = torch.einsum("nhd,nshd->nhs", query * query.shape[-1] ** -0.5, key)
         weights = weights.masked_fill(padding[image, None], -torch.inf)
         return weights.flatten(1).softmax(-1).view_as(weights)
 
 
 class MaskHead(nn.Module):
-    """Convolutions and, between them, the backbone's finer maps, the coarsest first, of these
-    numbers of channels; the released names."""
+    """Convolutions `lay`, and between them `adapter`s of the backbone's finer maps, the coarsest
+    first, which have `num_channels`."""
 
     def __init__(self, options: DetectorOptions, num_channels: Sequence[int]):
         super().__init__()
-        self.dim, self.num_levels = options.hidden_dim, len(num_channels)
-        width = self.dim + options.nheads
-        widths = [width, width, *(self.dim // 2**i for i in range(1, self.num_levels + 2))]
+        self.dim, width = options.hidden_dim, options.hidden_dim + options.nheads
+        widths = [width, width, *(self.dim // 2**i for i in range(1, len(num_channels) + 2))]
         for i, (before, after) in enumerate(pairwise(widths), 1):
             self.add_module(f"lay{i}", nn.Conv2d(before, after, 3, padding=1))
             self.add_module(f"gn{i}", nn.GroupNorm(gcd(8, after), after))
         self.out_lay = nn.Conv2d(widths[-1], 1, 3, padding=1)
-        for i, (before, after) in enumerate(zip(num_channels, widths[2:], strict=False), 1):
+        for i, (before, after) in enumerate(zip(num_channels, widths[2:-1], strict=True), 1):
             self.add_module(f"adapter{i}", nn.Conv2d(before, after, 1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -72,18 +70,16 @@ class MaskHead(nn.Module):
     def forward(self, content: Tensor, maps: Tensor, image: Tensor, *finer: Tensor) -> Tensor:
         """Content (B, D, h, w), attention maps (N, heads, h, w) of queries of the images `image`
         (N,), finer maps -> logits (N, H, W), of the size of the finest map."""
-        # What the queries of an image have in common is computed once.
-        first, norm = cast(nn.Conv2d, self.lay1), cast(nn.GroupNorm, self.gn1)
-        x = F.conv2d(content, first.weight[:, : self.dim], padding=1)[image]
-        x = x + F.conv2d(maps, first.weight[:, self.dim :], first.bias, padding=1)
-        x = self.refine(2, F.relu(norm(x)))
+        part = lambda name, i: self.get_submodule(f"{name}{i}")
+        refined = lambda i, x: F.relu(part("gn", i)(part("lay", i)(x)))
+        weight, bias = part("lay", 1).parameters()
+        x = F.conv2d(content, weight[:, : self.dim], padding=1)[image]  # once for an image
+        x = F.relu(part("gn", 1)(x + F.conv2d(maps, weight[:, self.dim :], bias, padding=1)))
+        x = refined(2, x)
         for i, level in enumerate(finer, 1):
-            level = self.get_submodule(f"adapter{i}")(level)
-            x = self.refine(i + 2, level[image] + F.interpolate(x, level.shape[-2:]))
+            level = part("adapter", i)(level)
+            x = refined(i + 2, level[image] + F.interpolate(x, level.shape[-2:]))
         return self.out_lay(x)[:, 0]
-
-    def refine(self, i: int, x: Tensor) -> Tensor:
-        return F.relu(self.get_submodule(f"gn{i}")(self.get_submodule(f"lay{i}")(x)))
 
 
 class MaskDetector(Detector):
@@ -95,31 +91,20 @@ class MaskDetector(Detector):
         self.detr, self.is_frozen = detr, options.frozen_weights is not None
         if self.is_frozen:
             detr.requires_grad_(False)
+        # As plain attributes, or their parameters would have two names.
+        self.__dict__.update(backbone=detr.backbone, transformer=detr.transformer)
         self.bbox_attention = AttentionMaps(options)
         self.mask_head = MaskHead(options, detr.num_channels[-2::-1])
         self.recompute = options.use_checkpoint
 
-    @property
-    def image_backbone(self) -> nn.Module:
-        return self.detr.image_backbone
-
-    @property
-    def encoder_layers(self) -> nn.ModuleList:
-        return self.detr.encoder_layers
-
     def train(self, mode: bool = True) -> "MaskDetector":
         """A frozen detector keeps the statistics of its norms; its dropout is on, as released."""
         super().train(mode)
-        if self.is_frozen:
-            for module in self.detr.modules():
-                module.training &= not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for module in self.detr.modules() if self.is_frozen else ():
+            module.training &= not isinstance(module, nn.modules.batchnorm._BatchNorm)
         return self
 
-    def forward(
-        self,
-        images: NestedTensor | Sequence[Tensor],
-        targets: Sequence[dict[str, Tensor]] | None = None,
-    ) -> Outputs:
+    def forward(self, images: Any, targets: Any = None) -> Outputs:
         """As `Detector.forward`; the outputs are `MaskOutputs`."""
         if not isinstance(images, NestedTensor):
             images = nested_tensor_from_tensor_list(images)
@@ -127,9 +112,8 @@ class MaskDetector(Detector):
 
 
 class MaskOutputs(dict):
-    """A detector's outputs, from which masks can be computed, as precisely as the outputs were. The
-    key "pred_masks" computes the logits of all queries, (B, Q, h, w), where h and w are a quarter
-    of the padded image's size."""
+    """A detector's outputs, from which masks can be computed, in the same precision. The key
+    "pred_masks" computes the logits of all queries (B, Q, h, w), at the finest map's size."""
 
     def __init__(self, outputs: Outputs, model: MaskDetector, padding: Tensor):
         """`padding` (B, H, W) is the mask of the batch."""
@@ -142,8 +126,8 @@ class MaskOutputs(dict):
         if key != "pred_masks":
             raise KeyError(key)
         batch_size, queries = self["pred_logits"].shape[:2]
-        image = torch.arange(batch_size * queries, device=self.padding.device)
-        return self.logits(image // queries, image % queries).unflatten(0, (batch_size, queries))
+        index = torch.arange(batch_size * queries, device=self.padding.device)
+        return self.logits(index // queries, index % queries).unflatten(0, (batch_size, queries))
 
     def logits(self, image: Tensor, query: Tensor) -> Tensor:
         """The logits (N, h, w) of queries `query` (N,) of the images `image` (N,)."""
@@ -202,3 +186,19 @@ def dice_loss(matching: Any) -> Tensor:
     p, masks = logits.sigmoid().flatten(1), masks.flatten(1)
     dice = (2 * (p * masks).sum(1) + 1) / (p.sum(1) + masks.sum(1) + 1)
     return ((1 - dice) * found).sum(0, keepdim=True)
+
+
+def encode(masks: Tensor) -> list[dict[str, Any]]:
+    """Masks (n, h, w), bool, as COCO's compressed RLE, fit for JSON."""
+    library: Any = import_extra("pycocotools.mask", "eval")
+    columns = masks.permute(0, 2, 1).contiguous().to("cpu", torch.uint8).numpy()
+    rles = [library.encode(mask.T) for mask in columns]
+    return [{**rle, "counts": rle["counts"].decode()} for rle in rles]
+
+
+def decode(rles: Sequence | np.ndarray, size: Sequence[int] = (0, 0)) -> Tensor:
+    """RLE as masks (n, h, w), uint8; `size` is that of none."""
+    if not len(rles):
+        return torch.zeros(0, *size, dtype=torch.uint8)
+    library: Any = import_extra("pycocotools.mask", "eval")
+    return torch.from_numpy(library.decode(list(rles))).permute(2, 0, 1).contiguous()

@@ -21,7 +21,7 @@ from .nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from .options import DetectorOptions
 from .postprocess import PostProcess
 from .preprocess import preprocess, resized_size
-from .weights import has_masks, load_weights, num_classes_of, read_checkpoint
+from .weights import load_weights, num_classes_of, read_checkpoint, state_dict_of
 
 WINDOW = 8  # batches of images that may wait for others of their size
 
@@ -154,7 +154,9 @@ def load_detector(
         class_map = ClassMap.identity([{"id": i} for i in range(count)], count)
     else:
         class_map = ClassMap.from_state_dict(checkpoint["class_map"])
-    found: dict[str, Any] = {"num_classes": class_map.num_classes, "masks": has_masks(checkpoint)}
+    # Which released configs do not say.
+    masks = any("mask_head." in name for name in state_dict_of(checkpoint, str(path)))
+    found: dict[str, Any] = {"num_classes": class_map.num_classes, "masks": masks}
     options = DetectorOptions.of(dict(values) | found)
     model, _, postprocess = build_model(options)
     load_weights(model, checkpoint["ema_model"] if ema else checkpoint, source=str(path))

@@ -249,11 +249,6 @@ def num_classes_of(checkpoint: Mapping, class_loss: str = "focal") -> int | None
     return None
 
 
-def has_masks(checkpoint: Mapping) -> bool:
-    """Whether the detector in a checkpoint has a mask head, which released configs do not say."""
-    return any(k.startswith("mask_head.") for k in state_dict_of(checkpoint, "the checkpoint"))
-
-
 def _without_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Without the "module." that DistributedDataParallel puts before every name."""
     while state and all(name.startswith("module.") for name in state):

@@ -9,7 +9,6 @@ from ..class_map import ClassMap
 from ..coco import CocoAnnotations
 from ..errors import UserError
 from ..machine import choose_device
-from ..masks import MaskDetector
 from ..predictor import Predictor, load_detector
 from ..registry import MODELS
 
@@ -70,5 +69,4 @@ def read_annotations(predictor: Predictor, images: Path, annotations: Path) -> C
     class_map: Any = predictor.class_map
     if predictor.labels_are_ids:
         class_map = partial(ClassMap.of_released, num_classes=class_map.num_classes)
-    masks = isinstance(predictor.model, MaskDetector)
-    return CocoAnnotations(images, annotations, class_map, masks=masks)
+    return CocoAnnotations(images, annotations, class_map)

@@ -42,8 +42,6 @@ def evaluate(
     for id_, _, result in tqdm(results, "evaluate", len(dataset), unit="image", disable=None):
         evaluator.update({id_: result})
     evaluator.summarize()
-    if dataset.masks:
-        evaluator.summarize("segm")
     return evaluator
 
 
