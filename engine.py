@@ -46,10 +46,10 @@ class Step(NamedTuple):
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Moves images, labels and boxes; sizes and ids are only read on the CPU."""
+    """Moves images, labels, boxes and masks; sizes and ids are only read on the CPU."""
     images, targets = batch
     move = lambda tensor: tensor.to(device, non_blocking=True)
-    moved = [{**t, "labels": move(t["labels"]), "boxes": move(t["boxes"])} for t in targets]
+    moved = [t | {k: move(t[k]) for k in t.keys() & {"labels", "boxes", "masks"}} for t in targets]
     return images.to(device, non_blocking=True), moved
 
 
@@ -203,4 +203,8 @@ def evaluate(
     if matching:
         matching.join(gather(matching.found))
         stats |= matching.summary()
-    return stats | {"coco_eval_bbox": on_rank0(evaluator.summarize)} if criterion else stats
+    if criterion:
+        stats["coco_eval_bbox"] = on_rank0(evaluator.summarize)
+        if evaluator.dataset.masks:
+            stats["coco_eval_masks"] = on_rank0(lambda: evaluator.summarize("segm"))
+    return stats

@@ -88,7 +88,7 @@ class TrainState:
         self.epoch_length = epoch_length
         self.device = next(model.parameters()).device
         if self.device.type == "cpu":  # makes convolutions 10 to 20% faster
-            model.backbone.to(memory_format=torch.channels_last)
+            model.image_backbone.to(memory_format=torch.channels_last)
         if cfg.compile:
             model.compile_parts()
         self.ema: ModelEma | None = None
@@ -130,6 +130,8 @@ class TrainState:
             return self.resume(checkpoint, source)
         if cfg.finetune:
             self.finetune()
+        elif path := cfg.frozen_weights:
+            load_weights(self.model.detr, read_checkpoint(path), source=path)
         elif path := cfg.pretrain_model_path:
             weights, ignore = read_checkpoint(path), cfg.finetune_ignore
             report = load_weights(self.model, weights, strict=False, ignore=ignore, source=path)

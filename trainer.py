@@ -47,7 +47,8 @@ class Trainer:
         self.stop = stop
         source = on_rank0(lambda: find_resume(cfg, training=True))
         checkpoint = read_checkpoint(source) if source else None
-        class_map = class_map_of(checkpoint, cfg) if checkpoint else None
+        known = checkpoint or (cfg.frozen_weights and read_checkpoint(cfg.frozen_weights))
+        class_map = class_map_of(known, cfg) if known else None
         train_set = build_dataset(cfg, "train", class_map)
         check_queries(train_set, cfg)
         if sizes := fitting_sizes(train_set, cfg):
@@ -58,7 +59,7 @@ class Trainer:
         self.val_loader = build_loader(val_set, cfg, train=False)
         self.train_loader = build_loader(train_set, cfg, train=True)
         cfg = dataclasses.replace(cfg, num_classes=train_set.class_map.num_classes)
-        is_pretrained = cfg.pretrained_backbone or cfg.finetune or checkpoint
+        is_pretrained = cfg.pretrained_backbone or cfg.finetune or known
         if cfg.batch_norm_type.startswith("Frozen") and not is_pretrained:
             logger.warning("batch_norm_type: without pretrained weights, BatchNorm2d learns better")
         model, self.criterion, self.postprocess = build_model(cfg)
@@ -109,7 +110,8 @@ class Trainer:
             line |= {"epoch": epoch, "n_parameters": num_parameters, "epoch_time": str(seconds)}
             on_rank0(lambda line=line: log and log.write(line))
             position.trained, position.seconds = None, 0.0
-            ap = stats.get("ema_test_coco_eval_bbox", stats["test_coco_eval_bbox"])[0]
+            key = "test_coco_eval_masks" if cfg.masks else "test_coco_eval_bbox"
+            ap = stats.get(f"ema_{key}", stats[key])[0]
             is_best = ap > position.best_ap
             position.epochs_since_best = 0 if is_best else position.epochs_since_best + 1
             copies = ["checkpoint_best.pth"] if is_best else []
@@ -119,7 +121,7 @@ class Trainer:
             state.save(copies=copies)
             average = (time.monotonic() - begun) / (epoch + 1 - first)
             left = timedelta(seconds=int(average * (cfg.epochs - epoch - 1)))
-            ap, ap50 = stats["test_coco_eval_bbox"][:2]
+            ap, ap50 = stats[key][:2]
             logger.info(
                 f"epoch {epoch}: loss {line['train_loss']:.3f}, AP {ap:.3f}, AP50 {ap50:.3f}, "
                 f"{line['train_images_per_second']:.1f} images/s, left {left}"
@@ -228,9 +230,12 @@ def draw_pictures(evaluator: CocoEvaluator, directory: Path, number: int) -> Non
 
 
 def write_results(evaluator: CocoEvaluator, path: Path) -> None:
+    """Boxes, and masks in a file of their own, as COCO's server expects them."""
     detections = evaluator.detections
     path.write_text(json.dumps(detections))
     logger.info("%d detections in %s", len(detections), path)
+    if evaluator.dataset.masks:
+        path.with_stem(f"{path.stem}_segm").write_text(json.dumps(evaluator.segmentations))
 
 
 def check_queries(dataset: CocoDetection, cfg: Config) -> None:

@@ -120,7 +120,14 @@ def describe(dataset: CocoDetection, found: Scan, cfg: Config) -> list[str]:
         f"boxes with a side under {TINY} pixels when evaluated: {tiny.sum()}, {in_images(tiny)}",
         f"boxes over {HUGE:.0%} of the image: {huge.sum()}, {in_images(huge)}",
         f"boxes annotated twice: {some(twice)}",
+        *([masks(dataset)] if dataset.masks else []),
     ]
+
+
+def masks(dataset: CocoDetection) -> str:
+    shapes = dataset.shapes
+    lost = int((~shapes.exist).sum())
+    return f"bad polygons and RLEs left out: {shapes.bad}; annotations without a mask: {lost}"
 
 
 def classes(splits: Mapping[str, CocoDetection]) -> list[str]:

@@ -1,7 +1,7 @@
 """Data sets in COCO's instances format, with the transforms of training and evaluation."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from datasets.layouts import find_split
+from datasets.masks import Masks, read_shapes
 from datasets.transforms import eval_transforms, train_transforms
 from models.class_map import ClassMap
 from models.coco import CocoAnnotations
 from models.errors import UserError
+from models.masks import decode
 from models.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.distributed import once_per_node
 
@@ -30,7 +32,8 @@ class CocoDetection(CocoAnnotations, torch.utils.data.Dataset):
     `dataset[i]` is (image, target): image (3, H, W) float32, normalised; target {"labels": (n,)
     int64, "boxes": (n, 4) float32 cxcywh in [0, 1] of the transformed image, "image_id": (), and
     "orig_size" and "size": (2,) int64 (h, w) before and after the transforms}. Targets exclude
-    crowds and boxes that are not finite, empty or outside the image; they may have n = 0.
+    crowds and boxes that are not finite, empty or outside the image; they may have n = 0. With
+    `masks` they also exclude objects without a mask and have "masks" (n, H, W) bool.
 
     class_map, annotated: as in `CocoAnnotations`.
     train: augmentation depends only on (seed, epoch, i). An unreadable image is replaced by the
@@ -49,15 +52,54 @@ class CocoDetection(CocoAnnotations, torch.utils.data.Dataset):
         seed: int = 0,
         strict: bool = False,
         annotated: bool = True,
+        masks: bool = False,
     ):
         self.transforms, self.train, self.seed, self.strict = transforms, train, seed, strict
         # In shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._warned_about_size = False
+        self._warned_about_size, self.masks = False, masks
         super().__init__(image_dir, annotation_file, class_map, annotated)
+        if masks:
+            self.shapes = Masks(self._shapes, self._ends, self._bad)
 
     def _share(self, load: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return once_per_node(load)
+
+    def _annotations(
+        self, items: list[dict], image_ids: list[int], sizes: np.ndarray, class_map: ClassMap
+    ) -> dict[str, Any]:
+        arrays = super()._annotations(items, image_ids, sizes, class_map)
+        if not self.masks:
+            return arrays
+        if items and np.inf in sizes:
+            self._fail("an image has no 'height' or 'width'", "masks need both")
+        size_of = dict(zip(image_ids, sizes, strict=True))
+        of_items = np.array([size_of[item["image_id"]] for item in items]).reshape(-1, 2)
+        shapes = read_shapes(items, of_items, self.annotation_file)
+        kept = Masks(**shapes).exist[arrays["_object_row"]]
+        arrays |= {k: arrays[k][kept] for k in ("_boxes", "_labels", "_object_row")}
+        if items and not kept.any():
+            self._fail("no usable object has a mask", "--masks needs 'segmentation'")
+        arrays["_offsets"] = np.append(0, kept.cumsum())[arrays["_offsets"]]
+        return arrays | {f"_{key}": value for key, value in shapes.items()}
+
+    def mask_truth(self, image_ids: Iterable[int]) -> dict[str, np.ndarray]:
+        """As `ground_truth`, but of annotations with a mask, and "segmentation" (n,), the RLEs."""
+        columns = self.ground_truth(image_ids)
+        row = self._row[np.isin(self._image_id, list(image_ids))]
+        kept = self.shapes.exist[row]
+        columns, row = {key: column[kept] for key, column in columns.items()}, row[kept]
+        size_of = dict(zip(self.image_ids.tolist(), self._sizes, strict=True))
+        pairs = zip(row, columns["image_id"].tolist(), strict=True)
+        rles = [self.shapes.rle(i, size_of[image_id]) for i, image_id in pairs]
+        return columns | {"segmentation": np.array(rles, dtype=object)}
+
+    def drawable_truth(self, image_id: int) -> dict[str, Any]:
+        """As in `CocoAnnotations`; with masks, the annotations that have one."""
+        if not self.masks:
+            return super().drawable_truth(image_id)
+        truth = self.mask_truth([image_id])
+        return self.drawable(truth) | {"masks": decode(truth["segmentation"])}
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that augmentation depends on, also in the workers."""
@@ -68,6 +110,9 @@ class CocoDetection(CocoAnnotations, torch.utils.data.Dataset):
             raise IndexError(index)  # ends a loop over the data set
         image, position, skipped = self._read(index)
         size, declared_size = tuple(image.shape[-2:]), tuple(self._sizes[position].tolist())
+        if size != declared_size and np.inf not in declared_size and self.masks:
+            problem = f"{self.file_name(position)} is {size}, not {declared_size} (height, width)"
+            raise UserError(f"{self.annotation_file}: {problem}: its masks do not fit, correct it")
         if size != declared_size and np.inf not in declared_size and not self._warned_about_size:
             self._warned_about_size = True  # once per worker
             message = "%s: (height, width) of %s is %s, not %s: check that boxes match the image"
@@ -79,6 +124,9 @@ class CocoDetection(CocoAnnotations, torch.utils.data.Dataset):
         boxes = torch.from_numpy(corners[kept])
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
         target = {"boxes": boxes, "labels": torch.from_numpy(self._labels[objects][kept])}
+        if self.masks:
+            rles = [self.shapes.rle(row, size) for row in self._object_row[objects][kept]]
+            target["masks"] = tv_tensors.Mask(decode(rles, size))
         image = tv_tensors.Image(image)
         seed = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
@@ -142,4 +190,5 @@ def build_dataset(
     transforms = build_transforms(cfg, train)
     class_map = class_map or partial(ClassMap.from_categories, num_classes=cfg.num_classes)
     options = {"seed": cfg.seed, "strict": cfg.strict_data, "annotated": not test}
+    options["masks"] = cfg.masks
     return CocoDetection(*paths, transforms, class_map, train, **options)

@@ -1,9 +1,10 @@
 """The published augmentation.
 
 A pipeline is called as `pipeline(image, target)`: image a `tv_tensors.Image` (3, H, W) uint8,
-target a dict with "boxes", `tv_tensors.BoundingBoxes` (n, 4) XYXY in pixels, and "labels" (n,). It
-returns the normalised float32 image and the target with boxes (n, 4) cxcywh in [0, 1]. Evaluation
-pipelines also accept an image alone. All randomness comes from torch's CPU generator.
+target a dict with "boxes", `tv_tensors.BoundingBoxes` (n, 4) XYXY in pixels, "labels" (n,) and for
+masks "masks", `tv_tensors.Mask` (n, H, W) uint8. It returns the normalised float32 image and the
+target with boxes (n, 4) cxcywh in [0, 1] and masks bool. Evaluation pipelines also accept an image
+alone. All randomness comes from torch's CPU generator.
 
 Images are tensors, channels last in memory: resizing them is several times faster than with PIL,
 and the results differ by at most one grey level.
@@ -55,23 +56,26 @@ class RandomSizeCrop(v2.Transform):
 
 
 class DropEmptyBoxes(nn.Module):
-    """Removes empty boxes, such as those of objects outside a crop, and their labels."""
+    """Removes empty boxes, such as those of objects outside a crop, and what belongs to them."""
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         boxes = target["boxes"]
         keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        boxes = tv_tensors.wrap(boxes[keep], like=boxes)
-        return image, {**target, "boxes": boxes, "labels": target["labels"][keep]}
+        kept = {k: tv_tensors.wrap(v[keep], like=v) for k, v in target.items() if k != "labels"}
+        return image, {**kept, "labels": target["labels"][keep]}
 
 
 class ToModelInput(v2.Transform):
-    """Normalises the image for ImageNet backbones; converts boxes to cxcywh in [0, 1]."""
+    """Normalises the image for ImageNet backbones; converts boxes to cxcywh in [0, 1]; masks to
+    bool."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Tensor:
         if isinstance(inpt, tv_tensors.BoundingBoxes):
             height, width = inpt.canvas_size
             boxes = F.convert_bounding_box_format(inpt, new_format="CXCYWH").as_subclass(Tensor)
             return boxes / boxes.new_tensor([width, height, width, height])
+        if isinstance(inpt, tv_tensors.Mask):
+            return inpt.as_subclass(Tensor).bool()
         return normalize(inpt.as_subclass(Tensor))
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from .backbones import build_backbone
 from .classes import classes_of
-from .criterion import SetCriterion, loss_weights, standard_terms
+from .criterion import MASK_TERMS, SetCriterion, loss_weights, standard_terms
 from .detector import Detector
 from .errors import UserError, nearest
+from .masks import MaskDetector
 from .matcher import HungarianMatcher
 from .options import DetectorOptions, read_assignments
 from .postprocess import PostProcess
@@ -57,9 +58,12 @@ def build_model(
     check_options(options)
     model = find_model(options.modelname).detector(options, build_backbone(options))
     classes, terms = classes_of(options), standard_terms(options)
+    terms += MASK_TERMS if options.masks else []
     costs = options.set_cost_class, options.set_cost_bbox, options.set_cost_giou
     matcher = HungarianMatcher(*costs, classes)
     token_suffix = "" if options.query_selection == "static" else model.token_losses
     weights = loss_weights(options, terms, options.dec_layers, options.use_dn, token_suffix)
+    if options.masks:
+        model = MaskDetector(options, model)
     criterion = SetCriterion(matcher, terms, weights, options.dn_num_boxes, classes)
     return model, criterion, PostProcess(options.num_select, options.nms_iou_threshold, classes)

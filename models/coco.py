@@ -31,6 +31,7 @@ class CocoAnnotations:
     have categories.
     """
 
+    masks = False  # whether `segmentation` is read too
     image_ids: np.ndarray
     categories: list[dict]
     class_map: ClassMap
@@ -89,7 +90,8 @@ class CocoAnnotations:
 
     def _load_json(self) -> dict[str, Any]:
         try:
-            data = json.loads(self.annotation_file.read_bytes(), object_hook=_without_segmentation)
+            hook = None if self.masks else _without_segmentation
+            data = json.loads(self.annotation_file.read_bytes(), object_hook=hook)
         except OSError as error:
             self._fail(f"cannot be read ({error.strerror})", "check the path to the annotations")
         except ValueError as error:
@@ -170,6 +172,7 @@ class CocoAnnotations:
         clipped = xyxy.clip(0, sizes[image[usable]][:, [1, 0, 1, 0]])
         inside = (clipped[:, 2:] > clipped[:, :2]).all(1)
         arrays |= {"_boxes": clipped[inside].astype(np.float32), "_labels": label[usable][inside]}
+        arrays |= {"_row": np.flatnonzero(valid), "_object_row": usable[inside]}  # in the file
         starts = np.arange(len(image_ids) + 1)
         arrays["_offsets"] = np.searchsorted(image[usable][inside], starts)
         # Rounding moves many boxes a fraction of a pixel outside: no warning for those.
@@ -204,7 +207,10 @@ class CocoAnnotations:
 
     def drawable_truth(self, image_id: int) -> dict[str, Any]:
         """An image's annotations, including crowds, as arguments of `draw.draw_boxes`."""
-        truth = self.ground_truth([image_id])
+        return self.drawable(self.ground_truth([image_id]))
+
+    def drawable(self, truth: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Some of `ground_truth` as arguments of `draw.draw_boxes`."""
         boxes = box_convert(torch.from_numpy(truth["bbox"]).float(), "xywh", "xyxy")
         labels = [self.class_map.label_of[i] for i in truth["category_id"].tolist()]
         return {"boxes": boxes, "labels": labels, "crowd": truth["iscrowd"].tolist()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .classes import Classes, SigmoidClasses, classes_of
 from .detector import LayerOutputs, Outputs
 from .dn_components import Assignment, by_layer, giou_loss, image_of_targets, l1_loss
+from .masks import dice_loss, mask_loss, matched_masks
 from .matcher import HungarianMatcher
 from .options import LossOptions
 
@@ -24,13 +26,16 @@ class Matching(Assignment):
     layers: Sequence[LayerOutputs] = ()
     targets: Targets = ()
 
+    masks = cached_property(matched_masks)  # which several losses use
+
 
 @dataclass(frozen=True)
 class LossTerm:
     """A loss: its name in `weight_dict`, the option with its weight, the function that computes it
-    from an assignment, (L,), and the parts it applies to: the decoder's matching queries, the
-    tokens that queries are selected from, denoising queries. A part other than denoising gives a
-    `Matching`. Unless it `is_mean`, the loss is then divided by the number of objects.
+    from an assignment, (L,), and the parts it applies to: the decoder's matching queries, those of
+    its last layer alone, (1,), the tokens that queries are selected from, denoising queries. A part
+    other than denoising gives a `Matching`. Unless it `is_mean`, the loss is then divided by the
+    number of objects.
     """
 
     name: str
@@ -48,6 +53,13 @@ def standard_terms(options: LossOptions) -> list[LossTerm]:
         LossTerm("loss_bbox", "bbox_loss_coef", l1_loss),
         LossTerm("loss_giou", "giou_loss_coef", giou_loss),
     ]
+
+
+# For the last layer alone, and for targets that have masks.
+MASK_TERMS = [
+    LossTerm("loss_mask", "mask_loss_coef", mask_loss, ("last layer",)),
+    LossTerm("loss_dice", "dice_loss_coef", dice_loss, ("last layer",)),
+]
 
 
 class SetCriterion(nn.Module):
@@ -101,6 +113,8 @@ class SetCriterion(nn.Module):
         matchings = self.assign([part[2:] for part in parts])
         for (part, suffix, *_), matching in zip(parts, matchings, strict=True):
             losses |= self.losses(matching, part, num_boxes, suffix)
+        if "masks" in targets[0]:
+            losses |= self.losses(matchings[0], "last layer", num_boxes)
         losses |= reading_figures(matchings[0], self.classes)
         if dn := outputs.get("dn"):
             sizes = {"dn_groups": dn.num_groups, "dn_queries": dn.num_queries}
@@ -175,6 +189,7 @@ def loss_weights(
     weights = dict(layers)
     for i in range(num_layers - 1):
         weights |= {f"{name}_{i}": w if options.aux_loss else 0.0 for name, w in layers.items()}
+    weights |= of_part("last layer")
     if token_suffix:
         for name, w in of_part("tokens").items():
             is_dropped = options.no_interm_box_loss and name in ("loss_bbox", "loss_giou")

@@ -77,6 +77,8 @@ class DeformableEncoderDNDETR(DNDETR):
     and the input projections keep PyTorch's defaults.
     """
 
+    has_masks = False
+
     def __init__(self, options: DetectorOptions, backbone: Backbone):
         super().__init__(options, backbone)
         xavier_matrices(self.transformer.encoder)

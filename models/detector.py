@@ -77,6 +77,7 @@ class Detector(nn.Module):
 
     implied: ClassVar[dict[str, Any]] = {}  # options with another default than in `options`
     has_denoising: ClassVar[bool] = False
+    has_masks: ClassVar[bool] = False  # whether the mask head fits
     token_losses: ClassVar[str] = "_enc"  # suffix of the losses of selected tokens
 
     backbone: Any
@@ -97,6 +98,9 @@ class Detector(nn.Module):
         if options.use_dn and not cls.has_denoising:
             name = options.modelname
             raise UserError(f"use_dn: {name} has no denoising part; use -m dn_{name}")
+        if options.masks and not cls.has_masks:
+            remedy = "use detr, dn_detr, dab_detr or dn_dab_detr"
+            raise UserError(f"masks: {options.modelname} has no mask head; {remedy}")
         if options.class_loss == "softmax" and options.query_selection != "static":
             reason = "there are no scores to select tokens by"
             raise UserError(f"class_loss: with softmax {reason}; use static query_selection")

@@ -75,6 +75,8 @@ class Decoder(nn.Module):
 class DenseDetector(Detector):
     """One feature level, dense attention, one class head."""
 
+    has_masks = True
+
     @classmethod
     def check(cls, options: DetectorOptions) -> None:
         if options.query_selection != "static" or options.look_forward_twice:

@@ -1,4 +1,4 @@
-"""Boxes and captions drawn on images."""
+"""Boxes, masks and captions drawn on images."""
 
 import colorsys
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 SMALLEST = 640  # smaller images are enlarged to this longer side, in pixels
+OPACITY = 128  # of masks, out of 255
 MARGIN = 8  # pixels around the pictures of `side_by_side`
 
 
@@ -46,16 +47,20 @@ def draw_boxes(
     names: Mapping[int, str] | None = None,
     crowd: Sequence[bool] | None = None,
     colours: Sequence[tuple[int, int, int]] | None = None,
+    masks: Tensor | None = None,
 ) -> Image.Image:
     """The image, enlarged if small, with boxes and captions of name and score.
 
     image (3, H, W) uint8 RGB; boxes (n, 4) xyxy in pixels, the most important first; names {label:
     name}, by default the label itself; crowd: whether a box is a crowd; colours: RGB of the boxes,
-    by default their classes'.
+    by default their classes'; masks (n, H, W).
     """
     picture, scale = enlarged(image)
-    (width, height), draw = picture.size, ImageDraw.Draw(picture)
-    longer = max(width, height)
+    width, height = picture.size
+    for label, mask in zip(reversed(labels), [] if masks is None else masks.flip(0), strict=False):
+        cover = Image.fromarray((mask.cpu().numpy() * OPACITY).astype(np.uint8))
+        picture.paste(class_colour(int(label)), mask=cover.resize((width, height)))
+    draw, longer = ImageDraw.Draw(picture), max(width, height)
     line, font = max(2, longer // 400), load_font(min(max(14, longer // 60), 28))
 
     edges = (scale * boxes.detach().cpu().double().numpy().reshape(-1, 4)).round().astype(int)

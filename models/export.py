@@ -33,6 +33,7 @@ from torchvision.transforms.v2 import functional as F
 from .coco import CocoAnnotations
 from .deformable_attention import MSDeformAttn, ms_deform_attn_by_gathers
 from .errors import UserError, import_extra
+from .masks import MaskDetector
 from .nested_tensor import NestedTensor
 from .predictor import Predictor
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD, normalize, resized_size
@@ -107,7 +108,7 @@ class Exportable(nn.Module):
         found = self.model(NestedTensor(images, mask))
         if self.target.with_processing:
             size = torch.tensor([[height, width]], device=images.device)
-            return self.predictor.postprocess.select(found, size)
+            return self.predictor.postprocess.select(found, size)[:3]
         return found["pred_logits"], found["pred_boxes"]
 
 
@@ -178,8 +179,10 @@ def export_detector(
     case, and with a data set the AP on it of both. `checkpoint`: the file to describe.
 
     UserError, and no file, if a difference exceeds TOLERANCE or AP differs in the third digit, if a
-    package is missing, or for processing inside with non-maximum suppression.
+    package is missing, for a mask head, or for processing inside with non-maximum suppression.
     """
+    if isinstance(predictor.model, MaskDetector):
+        raise UserError("masks: a mask head is not exported; export the detector it was trained on")
     if target.with_processing and predictor.postprocess.nms_iou_threshold > 0:
         raise UserError("with_processing: NMS is not exported; leave it out, or nms_iou_threshold")
     output, module = Path(output), Exportable(predictor, target).eval()

@@ -112,6 +112,12 @@ class ModelOptions:
     two_stage_bbox_embed_share: bool = option(False, "DINO: encoder and decoder share box heads")
     num_select: int = option(300, "detections kept per image", low=1)
     nms_iou_threshold: float = option(-1, "IoU threshold of class-agnostic NMS; -1: no NMS", high=1)
+    masks: bool = option(
+        False, "instance segmentation: DETR's mask head, on a detector with one feature level"
+    )
+    frozen_weights: str | None = option(
+        None, "checkpoint of a trained detector, a file or URL, to train only the mask head of"
+    )
 
 
 @dataclass
@@ -151,6 +157,8 @@ class LossOptions:
     cls_loss_coef: float = option(1.0, "weight of the classification loss", low=0)
     bbox_loss_coef: float = option(5.0, "weight of the L1 loss", low=0)
     giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0)
+    mask_loss_coef: float = option(1.0, "weight of the focal loss of masks", low=0)
+    dice_loss_coef: float = option(1.0, "weight of the Dice loss of masks", low=0)
     class_loss: str = option(
         "focal",
         "classification: focal, each class by itself; softmax, one class or none per query, as in "
@@ -174,7 +182,9 @@ class DetectorOptions(LossOptions, DenoisingOptions, ModelOptions):
     def __post_init__(self):
         for f in dataclasses.fields(self):
             check_limits(f, getattr(self, f.name))
-        self.use_dn = self.use_dn and self.dn_number > 0
+        if self.frozen_weights and not self.masks:
+            raise UserError("frozen_weights: without a mask head nothing would train; use --masks")
+        self.use_dn = self.use_dn and self.dn_number > 0 and not self.frozen_weights
         if self.hidden_dim % self.nheads or self.hidden_dim % 4:
             expected = f"a multiple of 4 and of nheads, {self.nheads}"
             raise UserError(f"hidden_dim: {self.hidden_dim} is not {expected}")

@@ -21,7 +21,7 @@ from .nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from .options import DetectorOptions
 from .postprocess import PostProcess
 from .preprocess import preprocess, resized_size
-from .weights import load_weights, num_classes_of, read_checkpoint
+from .weights import load_weights, num_classes_of, read_checkpoint, state_dict_of
 
 WINDOW = 8  # batches of images that may wait for others of their size
 
@@ -63,7 +63,7 @@ class Predictor:
         order and have scores of at least `threshold`, the best first, and boxes clipped to the
         image.
         """
-        for name, image, result in self.batched(read_source(source), batch_size):
+        for name, image, result in self.batched(read_source(source), batch_size, threshold):
             found = {key: value.cpu() for key, value in result.items()}
             found["boxes"] = clip_boxes_to_image(found["boxes"], tuple(image.shape[-2:]))
             known = torch.isin(found["labels"], torch.tensor(list(self.class_map.ids)))
@@ -72,7 +72,7 @@ class Predictor:
             yield Detections(**kept, class_map=self.class_map, image=image, source=name)
 
     def batched(
-        self, images: Iterable[tuple[Any, Tensor]], batch_size: int
+        self, images: Iterable[tuple[Any, Tensor]], batch_size: int, threshold: float = 0.0
     ) -> Iterator[tuple[Any, Tensor, dict[str, Tensor]]]:
         """The results of `detect` for (name, image), in their order; a batch has images of one size
         after resizing."""
@@ -81,7 +81,7 @@ class Predictor:
         given = 0
 
         def run(items: list[tuple[int, Any, Tensor]]) -> None:
-            results = self.detect([image for *_, image in items])
+            results = self.detect([image for *_, image in items], threshold)
             for (number, *item), result in zip(items, results, strict=True):
                 ready[number] = (*item, result)
 
@@ -101,13 +101,14 @@ class Predictor:
         yield from (ready[number] for number in sorted(ready))
 
     @torch.no_grad()
-    def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    def detect(self, images: Sequence[Tensor], threshold: float = 0.0) -> list[dict[str, Tensor]]:
         """All detections on images (3, H_i, W_i) uint8 RGB, as one padded batch, before selection:
         for each image, on the model's device, "scores" (k,), best first, "labels" (k,), and "boxes"
-        (k, 4) xyxy in pixels."""
+        (k, 4) xyxy in pixels. With a mask head also "masks" (k, H_i, W_i) bool, and no detections
+        with a score below `threshold`."""
         outputs = self.forward(self.prepare(images))
         sizes = torch.tensor([image.shape[-2:] for image in images])
-        return self.postprocess(outputs, sizes.to(self.device))
+        return self.postprocess(outputs, sizes.to(self.device), threshold)
 
     def prepare(self, images: Sequence[Tensor]) -> NestedTensor:
         """Images (3, H_i, W_i) uint8 RGB, resized and normalised, as the model's input."""
@@ -155,7 +156,10 @@ def load_detector(
         class_map = ClassMap.identity([{"id": i} for i in range(count)], count)
     else:
         class_map = ClassMap.from_state_dict(checkpoint["class_map"])
-    options = DetectorOptions.of(dict(values) | {"num_classes": class_map.num_classes})
+    # Which released configs do not say.
+    masks = any("mask_head." in name for name in state_dict_of(checkpoint, str(path)))
+    found: dict[str, Any] = {"num_classes": class_map.num_classes, "masks": masks}
+    options = DetectorOptions.of(dict(values) | found)
     model, _, postprocess = build_model(options)
     load_weights(model, checkpoint["ema_model"] if ema else checkpoint, source=str(path))
     model.to(device).eval()

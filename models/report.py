@@ -109,7 +109,7 @@ def write_report(evaluator: "CocoEvaluator", directory: str | Path, checkpoint: 
         f"{len(found['score'])} detections, {len(sure['score'])} of them with a score of {SCORE} "
         "or more."
     )
-    figures = list(zip(FIGURES, map(_figure, evaluator.stats), strict=True))
+    figures = list(zip(FIGURES, map(_figure, evaluator.figures["bbox"]), strict=True))
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # font weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # means without objects, characters that the font lacks

@@ -236,7 +236,7 @@ def test_pycocotools_replaces_a_missing_hotcoco(make, monkeypatch):
     dataset = make([truth((0, 0, 50, 50))]).dataset
     assert CocoEvaluator(dataset).curves is curves_by_hotcoco
     monkeypatch.setitem(sys.modules, "hotcoco", None)  # its import fails
-    module = runpy.run_path("models/evaluation.py")
+    module = runpy.run_module("models.evaluation")
     evaluator = module["CocoEvaluator"](dataset)
     assert evaluator.curves is module["curves_by_pycocotools"]
     evaluator.update({1: found((0.9, 0, 0, 0, 50, 50))})

@@ -153,6 +153,18 @@ COMMANDS = {  # DETR's README and the defaults of its main.py, without paths
     "--backbone resnet101 --dilation": {"backbone": "resnet101", "dilation": True},
     "--epochs 150 --lr_drop 100": {"epochs": 150, "lr_drop": 100},
     "--eos_coef 0.2 --num_queries 50": {"eos_coef": 0.2, "num_queries": 50},
+    "--masks --epochs 25 --lr_drop 15 --frozen_weights box_model/checkpoint.pth": {
+        "masks": True,
+        "frozen_weights": "box_model/checkpoint.pth",
+        "epochs": 25,
+        "lr_drop": 15,
+    },
+    "--batch_size 1 --no_aux_loss --eval --masks --coco_panoptic_path panoptic": {
+        "batch_size": 1,
+        "aux_loss": False,
+        "eval": True,
+        "masks": True,
+    },
     "--lr 1e-4 --lr_backbone 1e-5 --weight_decay 1e-4 --clip_max_norm 0.1 --epochs 300 "
     "--lr_drop 200 --position_embedding sine --enc_layers 6 --dec_layers 6 --dim_feedforward 2048 "
     "--hidden_dim 256 --dropout 0.1 --nheads 8 --num_queries 100 --set_cost_class 1 "
@@ -177,6 +189,9 @@ def test_released_command_lines(line: str):
         ("-m detr --num_patterns 3", "num_patterns: detr has no anchors"),
         ("-m dino --class_loss softmax", "class_loss: with softmax"),
         ("-m detr --class_loss sigmoid", "class_loss: 'sigmoid' is not one of focal, softmax"),
+        ("-m deformable_detr --masks", "masks: deformable_detr has no mask head; use detr"),
+        ("-m detr --frozen_weights x.pth", "frozen_weights: without a mask head nothing"),
+        ("-m detr --masks --dataset_file coco_panoptic", "'coco_panoptic' is not supported, only"),
         ("-m detr --eos_coef -1", "eos_coef: -1.0 is less than 0"),
     ],
 )

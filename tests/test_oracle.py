@@ -61,6 +61,15 @@ DETR_NAMES = [
     (r"\.multihead_attn\.", ".encoder_attn."),
     (r"\.(self|encoder)_attn\.out_proj\.", r".\1_attn.o_proj."),
 ]
+MASK_NAMES = [
+    (r"\.([qk])_linear\.", r".\1_proj."),
+    (r"\.lay([12])\.", r".conv\1.conv."),
+    (r"\.gn([12])\.", r".conv\1.norm."),
+    (r"\.out_lay\.", ".output_conv."),
+    *((rf"\.lay{i + 3}\.", f".fpn_stages.{i}.refine.conv.") for i in range(3)),
+    *((rf"\.gn{i + 3}\.", f".fpn_stages.{i}.refine.norm.") for i in range(3)),
+    *((rf"\.adapter{i + 1}\.", f".fpn_stages.{i}.fpn_adapter.") for i in range(3)),
+]
 DEFORMABLE_NAMES = [
     (r"^input_proj\.", "model.input_proj."),
     (r"^backbone\.0\.body\.", "model.backbone.model."),
@@ -208,6 +217,60 @@ def test_detr_equals_transformers():
     found = processor.post_process_object_detection(other, threshold=0, target_sizes=sizes)
     for mine, result in zip(postprocess(ours, sizes), found, strict=True):
         close(mine["scores"], result["scores"].sort(descending=True).values)
+
+
+def test_mask_head_equals_transformers():
+    """Logits, losses and masks, with padding in the batch."""
+    torch.manual_seed(0)
+    sizes = {"dim_feedforward": 96, "enc_layers": 1, "dec_layers": 1, "hidden_dim": 64, "nheads": 8}
+    more = {"backbone": "resnet18", "num_queries": 9, "num_classes": 7, "dropout": 0.0}
+    model, criterion, postprocess = build_model("detr_r50", masks=True, **sizes, **more)
+    randomise(model)
+    their_config = transformers.DetrConfig(
+        backbone="resnet18",
+        d_model=64,
+        encoder_attention_heads=8,
+        decoder_attention_heads=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        num_queries=9,
+        num_labels=7,
+        dropout=0.0,
+    )
+    theirs = transformers.DetrForSegmentation(their_config)
+    detector = their_state_dict(model.detr.state_dict(), DETR_NAMES)
+    weights = {f"detr.{name}": value for name, value in detector.items()}
+    head = {k: v for k, v in model.state_dict().items() if not k.startswith("detr.")}
+    weights |= their_state_dict(head, MASK_NAMES)
+    report = theirs.load_state_dict(weights, strict=False)
+    assert not report.unexpected_keys
+    assert all("num_batches_tracked" in k for k in report.missing_keys)
+
+    images = padded_images((96, 128), (120, 90))
+    targets = [{"labels": torch.arange(n), "boxes": 0.2 + 0.3 * torch.rand(n, 4)} for n in (3, 2)]
+    targets[0]["masks"] = torch.rand(3, 96, 128) > 0.3
+    targets[1]["masks"] = torch.rand(2, 120, 90) > 0.6
+    labels = [{"class_labels": t["labels"], **t} for t in targets]
+    model.eval(), theirs.eval()
+    with torch.no_grad():
+        ours = model(images)
+        losses = criterion(ours, targets)
+        their_inputs = {"pixel_values": images.tensors, "pixel_mask": (~images.mask).long()}
+        other = theirs(**their_inputs, labels=labels)
+    close(ours["pred_masks"], other.pred_masks)
+    assert ours["pred_masks"].std() > 0.05, "the comparison would be vacuous"
+    for name in ("loss_mask", "loss_dice"):
+        close(losses[name], other.loss_dict[name])
+        assert criterion.weight_dict[name] == 1
+    found = postprocess(ours, torch.tensor([[96, 128], [60, 45]]))
+    for i, (height, width) in enumerate([(96, 128), (120, 90)]):
+        query = ours["pred_logits"][i].softmax(-1)[:, :-1].amax(1).argsort(descending=True)
+        logits = nn.functional.interpolate(other.pred_masks, images.mask.shape[1:], mode="bilinear")
+        expected = logits[i, query, :height, :width] > 0
+        expected = expected if i == 0 else expected[:, ::2, ::2]  # nearest, at half the size
+        assert torch.equal(found[i]["masks"], expected) and expected.any() and not expected.all()
 
 
 def test_deformable_encoder_selection_and_decoder_equal_transformers():

@@ -138,8 +138,8 @@ def test_released_config_file_loads(name: str, tmp_path: Path, caplog: pytest.Lo
 
 OTHER_VALUES = {
     "position_embedding": "learned",
-    "masks": True,
     "pre_norm": True,
+    "dataset_file": "coco_panoptic",
     "fix_refpoints_hw": 0.1,
     "decoder_layer_noise": True,
     "query_dim": 2,
@@ -147,7 +147,6 @@ OTHER_VALUES = {
     "two_stage_learn_wh": True,
     "decoder_module_seq": ["ca", "sa", "ffn"],
     "lr_backbone_names": ["backbone.0", "input_proj"],
-    "frozen_weights": "detr.pth",
     "matcher_type": "SimpleMinsumMatcher",
 }
 

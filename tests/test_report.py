@@ -108,7 +108,7 @@ def test_figures_are_those_of_the_evaluation(counted):
         [name, shown(value)] for name, value in zip(FIGURES, printed, strict=True)
     ]
     sizes = {name: values for name, *values in rows_of(path, "AP by size and IoU")}
-    stats = [shown(value) for value in evaluator.stats]
+    stats = [shown(value) for value in evaluator.figures["bbox"]]
     assert sizes["mean"] == [stats[0], *stats[3:6]]
     assert [sizes["0.50"][0], sizes["0.75"][0]] == stats[1:3]
     classes = rows_of(path, "AP by class")
@@ -181,7 +181,7 @@ def test_hard_cases(case, make, tmp_path):
     (tmp_path / "worst_9_objects.jpg").touch()  # of an earlier report
     path = write_report(evaluator, tmp_path, "x.pth")
     assert re.findall("<h2>(.*?)</h2>", unescape(path.read_text())) == SECTIONS
-    assert rows_of(path, "COCO&#x27;s figures")[0] == ["AP", shown(evaluator.stats[0])]
+    assert rows_of(path, "COCO&#x27;s figures")[0] == ["AP", shown(evaluator.figures["bbox"][0])]
     assert len(rows_of(path, "AP by class")) == {"no objects": 0, "many classes": 30}.get(case, 1)
     assert len(path.with_name("classes.csv").read_text().splitlines()) == 1 + len(categories)
     assert len(list(tmp_path.glob("worst_*.jpg"))) == 2  # of one image

@@ -59,7 +59,6 @@ SELECTION_SWITCHES = ("two_stage", "two_stage_type", "use_mqs", "embed_init_tgt"
 RETIRED = {
     "find_unused_params": "all parameters are used in every step",
     "save_log": "log.txt is always written",
-    "dataset_file": "only COCO format is supported",
     "local_rank": "torchrun sets LOCAL_RANK",
     "dist_backend": "NCCL for GPUs, Gloo for CPUs",
     "note": "a comment by the user",
@@ -67,7 +66,7 @@ RETIRED = {
     "cache_mode": "the operating system caches the files",
     # The released code ignores these, or reads them only with options refused below.
     **dict.fromkeys(("num_results", "remove_difficult", "return_interm_layers"), ""),
-    **dict.fromkeys(("dn_label_coef", "dn_bbox_coef", "mask_loss_coef", "dice_loss_coef"), ""),
+    **dict.fromkeys(("dn_label_coef", "dn_bbox_coef"), ""),
     **dict.fromkeys(("dln_xy_noise", "dln_hw_noise", "box_attn_type", "two_stage_default_hw"), ""),
     **dict.fromkeys(("enc_loss_coef", "coco_panoptic_path", "position_embedding_scale"), ""),
 }
@@ -75,7 +74,7 @@ RETIRED = {
 # Released options for which only one value is supported, that of all published models.
 FIXED = {
     "position_embedding": "sine",
-    "frozen_weights": None,
+    "dataset_file": "coco",  # instances, not coco_panoptic
     "fix_refpoints_hw": -1,
     "lr_backbone_names": ["backbone.0"],
     "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
@@ -92,7 +91,7 @@ FIXED = {
     "lr_drop_epochs": None,
     "eval_set": "val",
     "attention_type": "RCDA",
-    **dict.fromkeys(("sgd", "masks", "pre_norm", "decoder_layer_noise", "ddetr_lr_param"), False),
+    **dict.fromkeys(("sgd", "pre_norm", "decoder_layer_noise", "ddetr_lr_param"), False),
     **dict.fromkeys(("dabdetr_yolo_like_anchor_update", "dabdetr_deformable_encoder"), False),
     **dict.fromkeys(("pdetr3_bbox_embed_diff_each_layer", "dabdetr_deformable_decoder"), False),
     **dict.fromkeys(("use_deformable_box_attn", "use_detached_boxes_dec_out"), False),

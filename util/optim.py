@@ -92,7 +92,7 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         lr, decay = cfg.lr, cfg.weight_decay
-        if name.startswith("backbone."):
+        if name.removeprefix("detr.").startswith("backbone."):
             lr = cfg.lr_backbone
             if lr == 0:
                 parameter.requires_grad_(False)

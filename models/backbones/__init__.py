@@ -52,6 +52,8 @@ def build_backbone(options: ModelOptions) -> Backbone:
     A ResNet that is to get pretrained weights has its stem and first stage frozen, as published.
     """
     levels = [index + 1 for index in options.return_interm_indices]
+    if options.masks:  # the mask head needs the finer ones too
+        levels = list(range(1, levels[-1] + 1))
     backbone = find_backbone(options.backbone).build(options, levels)
     stem = ("body.conv1", "body.bn1", "body.layer1") if options.pretrained_backbone else ()
     for name, parameter in backbone.named_parameters():
