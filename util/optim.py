@@ -18,6 +18,7 @@ LOW_RATE = re.compile("reference_points|sampling_offsets")
 # by the image's channels), reference points, sampling offsets and attention weights.
 NOT_HIDDEN = re.compile(
     rf"embed|label_enc|pattern|\.position\.|bias_table|attention_weights|{LOW_RATE.pattern}"
+    r"|cls_score|cls_logits|bbox_pred"
 )
 IMAGE_CHANNELS = 3
 MUON_RATE = 3  # relative to AdamW's learning rate; on the toy data set 5 is as good
@@ -91,7 +92,7 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         lr, decay = cfg.lr, cfg.weight_decay
-        if name.startswith("backbone."):
+        if name.startswith("backbone.") and not name.startswith("backbone.fpn."):
             lr = cfg.lr_backbone
             if lr == 0:
                 parameter.requires_grad_(False)

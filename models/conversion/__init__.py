@@ -9,8 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..class_map import ClassMap
+from ..class_map import COCO, COCO_NUM_CLASSES, ClassMap
 from ..errors import UserError
+from ..registry import find_model
 from ..weights import METADATA, num_classes_of, read_checkpoint, state_dict_of
 from .common import STEMS, assemble
 
@@ -44,6 +45,11 @@ def read(
                 raise UserError("it holds no config; name the one it was trained with, by -c or -m")
             count = num_classes_of(checkpoint, config.get("class_loss", "focal")) or 1
             class_map = ClassMap.of_count(count)
+            if first := find_model(config["modelname"]).detector.first_id:
+                others = {i: f"class {i}" for i in range(first, first + count)}
+                names = COCO if first + count == COCO_NUM_CLASSES else others
+                rows = [{"id": i, "name": name} for i, name in names.items()]
+                class_map = ClassMap.identity(rows, count, first)
             converted = assemble(state_dict_of(checkpoint, "it"), config, class_map)
         else:
             project = import_module(f".{source}", __package__)
