@@ -2,7 +2,7 @@
 denoising in its box head (Li et al. 2024). A background class, row 0, comes before the labels here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,11 +78,7 @@ class FasterRCNN(Detector):
     def encoder_layers(self) -> nn.ModuleList:
         return nn.ModuleList([self.backbone.fpn])
 
-    def forward(
-        self,
-        images: NestedTensor | Sequence[Tensor],
-        targets: Sequence[dict[str, Tensor]] | None = None,
-    ) -> Any:
+    def forward(self, images: Any, targets: Any = None) -> Any:
         """Images and targets as in `Detector`. In training {"losses": {name: scalar}}; else lists
         with an entry for each image, "scores" (k,), best first, "labels" (k,) and "boxes" (k, 4)
         xyxy in pixels, and "sizes" (B, 2), heights and widths without padding."""
@@ -107,11 +103,11 @@ class FasterRCNN(Detector):
             return outputs | {"labels": [image["labels"] - 1 for image in found], "sizes": sizes}
         losses |= box_losses
         if self.prepare_denoising is not None and targets is not None:
-            losses |= self.denoise(self.prepare_denoising, features, targets, sizes)
+            losses |= self.denoise(features, targets, sizes)
         return {"losses": losses}
 
     def denoise(
-        self, prepare: Callable, features: dict[str, Tensor], targets: Sequence, sizes: Tensor
+        self, features: dict[str, Tensor], targets: Any, sizes: Tensor
     ) -> dict[str, Tensor]:
         """The losses of noised boxes as further regions: class and box of the object that each was
         made from, whatever their IoU. Each weighs as much as a sampled region. There are no
@@ -119,24 +115,24 @@ class FasterRCNN(Detector):
         none = features["0"].new_zeros(len(targets), 0, 4)
         no_labels = nn.Embedding.from_pretrained(none.new_zeros(self.num_rows, 0))
         queries = no_labels, none, none[..., :0]
+        prepare: Any = self.prepare_denoising
         _, regions, _, dn = prepare(targets, *queries, embed_boxes=lambda boxes: boxes)
         boxes, labels = regions.clone(), torch.zeros_like(dn.supervised, dtype=torch.int64)
         boxes[dn.to_box], labels[dn.to_label] = dn.boxes, dn.labels + 1
         regions, boxes = (in_pixels(x, sizes[:, None]) for x in (regions, boxes))
+        regions = torch.minimum(regions.clamp(min=0), sizes.flip(1).repeat(1, 2)[:, None])
         # Unused places of a group have no area, nor has a region where the noise took all of it.
         used = (regions[..., 2:] - regions[..., :2]).amin(-1) >= self.rpn.min_size
         by_image = [region[keep] for region, keep in zip(regions, used, strict=True)]
         heads, labels = self.roi_heads, labels[used]
-        pooled = heads.box_head(heads.box_roi_pool(features, by_image, []))
-        logits, codes = heads.box_predictor(pooled)
+        pooled = heads.box_roi_pool(features, by_image, [])
+        logits, codes = heads.box_predictor(heads.box_head(pooled))
         codes = codes.view(len(labels), self.num_rows, 4)[torch.arange(len(labels)), labels]
         aims = heads.box_coder.encode_single(boxes[used], regions[used])
         number = len(targets) * heads.fg_bg_sampler.batch_size_per_image
-        sums = {
-            "loss_classifier_dn": F.cross_entropy(logits, labels, reduction="sum"),
-            "loss_box_reg_dn": F.smooth_l1_loss(codes, aims, beta=1 / 9, reduction="sum"),
-        }
-        return {name: total / number for name, total in sums.items()}
+        of_labels = F.cross_entropy(logits, labels, reduction="sum") / number
+        of_boxes = F.smooth_l1_loss(codes, aims, beta=1 / 9, reduction="sum") / number
+        return {"loss_classifier_dn": of_labels, "loss_box_reg_dn": of_boxes}
 
 
 class DenoisingFasterRCNN(FasterRCNN):
@@ -146,10 +142,9 @@ class DenoisingFasterRCNN(FasterRCNN):
 
 
 def in_pixels(boxes: Tensor, size: Tensor) -> Tensor:
-    """Boxes (..., 4), cxcywh in [0, 1], to xyxy in pixels, clipped to the image of `size`
-    (..., 2), height and width."""
-    corners = box_convert(boxes, "cxcywh", "xyxy").clamp(0, 1)
-    return corners * torch.cat([size, size], dim=-1)[..., [1, 0, 3, 2]]
+    """Boxes (..., 4), cxcywh in [0, 1], to xyxy in pixels of an image of `size` (..., 2), its height
+    and width."""
+    return box_convert(boxes, "cxcywh", "xyxy") * torch.cat([size, size], dim=-1)[..., [1, 0, 3, 2]]
 
 
 class RegionLosses(nn.Module):
@@ -157,11 +152,11 @@ class RegionLosses(nn.Module):
 
     def __init__(self, options: DetectorOptions):
         super().__init__()
-        labels, boxes = options.cls_loss_coef, options.bbox_loss_coef
-        self.weight_dict = {"loss_objectness": labels, "loss_rpn_box_reg": boxes}
+        of_labels, of_boxes = options.cls_loss_coef, options.bbox_loss_coef
+        self.weight_dict = {"loss_objectness": of_labels, "loss_rpn_box_reg": of_boxes}
         for suffix in ("", "_dn") if options.use_dn else ("",):
-            weights = {f"loss_classifier{suffix}": labels, f"loss_box_reg{suffix}": boxes}
-            self.weight_dict |= weights
+            self.weight_dict |= {f"loss_classifier{suffix}": of_labels}
+            self.weight_dict |= {f"loss_box_reg{suffix}": of_boxes}
 
     def forward(self, outputs: dict, targets: Any, num_boxes: Any = None) -> dict[str, Tensor]:
         return outputs.get("losses", {})

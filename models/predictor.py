@@ -151,8 +151,7 @@ def load_detector(
         class_loss = values.get("class_loss", DetectorOptions.class_loss)
         # If there is no class head, loading will fail.
         count = num_classes_of(checkpoint, class_loss) or 1
-        name = values.get("modelname", DetectorOptions.modelname)
-        first = find_model(name).detector.first_id
+        first = find_model(values.get("modelname", DetectorOptions.modelname)).detector.first_id
         class_map = ClassMap.identity([{"id": first + i} for i in range(count)], count, first)
     else:
         class_map = ClassMap.from_state_dict(checkpoint["class_map"])

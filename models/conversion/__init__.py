@@ -45,10 +45,9 @@ def read(
                 raise UserError("it holds no config; name the one it was trained with, by -c or -m")
             count = num_classes_of(checkpoint, config.get("class_loss", "focal")) or 1
             class_map = ClassMap.of_count(count)
-            if first := find_model(config["modelname"]).detector.first_id:
-                others = {i: f"class {i}" for i in range(first, first + count)}
-                names = COCO if first + count == COCO_NUM_CLASSES else others
-                rows = [{"id": i, "name": name} for i, name in names.items()]
+            first = find_model(config["modelname"]).detector.first_id
+            if first and first + count == COCO_NUM_CLASSES:
+                rows = [{"id": i, "name": name} for i, name in COCO.items()]
                 class_map = ClassMap.identity(rows, count, first)
             converted = assemble(state_dict_of(checkpoint, "it"), config, class_map)
         else:
