@@ -186,8 +186,7 @@ def evaluate(
         images, targets = to_device(batch, device)
         with autocast(device, cfg):
             outputs = model(images)
-        if criterion:
-            losses = criterion(outputs, targets)
+        if criterion and (losses := criterion(outputs, targets)):  # a Faster R-CNN has none
             _, values = weigh(losses, weights)
             averages.update(figures(values.tolist(), losses, weights), len(targets))
         if matching:

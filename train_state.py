@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.class_map import COCO_NAMES, COCO_NUM_CLASSES, ClassMap
 from models.download import local_file
 from models.errors import UserError
+from models.registry import find_model
 from models.weights import (
     load_backbone,
     load_weights,
@@ -39,8 +40,9 @@ def class_map_of(checkpoint: dict, cfg: Config) -> ClassMap | Callable | None:
     if "class_map" in checkpoint:
         return ClassMap.from_state_dict(checkpoint["class_map"])
     num_classes = num_classes_of(checkpoint, cfg.class_loss)
+    how = {"num_classes": num_classes, "first": find_model(cfg.modelname).detector.first_id}
     # Without a class head it is not a detector's; loading its weights will report that.
-    return partial(ClassMap.of_released, num_classes=num_classes) if num_classes else None
+    return partial(ClassMap.of_released, **how) if num_classes else None
 
 
 def known_classes(checkpoint: dict, class_loss: str) -> ClassMap:

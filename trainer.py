@@ -25,6 +25,7 @@ from models.errors import UserError
 from models.evaluation import CocoEvaluator
 from models.machine import peak_memory_mb
 from models.postprocess import PostProcess
+from models.registry import find_model
 from models.report import write_report
 from train_state import TrainState, class_map_of
 from util.checkpoint import read_checkpoint
@@ -242,7 +243,7 @@ def check_queries(dataset: CocoDetection, cfg: Config) -> None:
     """UserError if a training image has more objects than the model has queries."""
     queries = cfg.num_queries * max(cfg.num_patterns, 1)
     count, name = dataset.most_objects()
-    if count > queries:
+    if count > queries and find_model(cfg.modelname).detector.has_queries:
         problem = f"{name} has {count} objects, but the model only {queries} queries"
         raise UserError(f"num_queries: {problem}; use --num_queries {count} or more")
 

@@ -45,6 +45,8 @@ class Stages:
     """Divides what a clock or a counter measures among the stages of a detector's forward pass."""
 
     def __init__(self, model: Detector):
+        if not model.has_queries:
+            raise UserError("modelname: a Faster R-CNN has other stages, which are not measured")
         self.stage, self.read, self.last = "other", lambda: 0.0, 0.0
         self.spent: Counter[str] = Counter()
         self.mark("backbone", model.image_backbone, "forward")

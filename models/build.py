@@ -8,6 +8,7 @@ from .classes import classes_of
 from .criterion import MASK_TERMS, SetCriterion, loss_weights, standard_terms
 from .detector import Detector
 from .errors import UserError, nearest
+from .faster_rcnn import RegionLosses, RegionPostProcess
 from .masks import MaskDetector
 from .matcher import HungarianMatcher
 from .options import DetectorOptions, read_assignments
@@ -45,7 +46,7 @@ def config_dir() -> Path:
 
 def build_model(
     options: DetectorOptions | str | Path, **overrides: Any
-) -> tuple[Detector, SetCriterion, PostProcess]:
+) -> tuple[Detector, SetCriterion | RegionLosses, PostProcess]:
     """Build a detector with random weights, its losses and its post-processing.
 
     Args:
@@ -58,6 +59,9 @@ def build_model(
     check_options(options)
     model = find_model(options.modelname).detector(options, build_backbone(options))
     classes, terms = classes_of(options), standard_terms(options)
+    selection = options.num_select, options.nms_iou_threshold, classes
+    if not model.has_queries:
+        return model, RegionLosses(options), RegionPostProcess(*selection)
     terms += MASK_TERMS if options.masks else []
     costs = options.set_cost_class, options.set_cost_bbox, options.set_cost_giou
     matcher = HungarianMatcher(*costs, classes)
@@ -66,4 +70,4 @@ def build_model(
     if options.masks:
         model = MaskDetector(options, model)
     criterion = SetCriterion(matcher, terms, weights, options.dn_num_boxes, classes)
-    return model, criterion, PostProcess(options.num_select, options.nms_iou_threshold, classes)
+    return model, criterion, PostProcess(*selection)

@@ -64,18 +64,18 @@ class ClassMap:
         return cls(count, dict(enumerate(unchanged.ids)), dict(enumerate(names)))
 
     @classmethod
-    def identity(cls, categories: list[dict], num_classes: int) -> ClassMap:
-        """Label = category id."""
-        names = {c["id"]: str(c.get("name", c["id"])) for c in categories}
+    def identity(cls, categories: list[dict], num_classes: int, first: int = 0) -> ClassMap:
+        """Label = category id, or that less `first`."""
+        names = {c["id"] - first: str(c.get("name", c["id"])) for c in categories}
         names = dict(sorted(names.items()))
-        return cls(num_classes, {i: i for i in names}, names)
+        return cls(num_classes, {i: i + first for i in names}, names)
 
     @classmethod
-    def of_released(cls, categories: list[dict], num_classes: int) -> ClassMap:
+    def of_released(cls, categories: list[dict], num_classes: int, first: int = 0) -> ClassMap:
         """For a checkpoint without a class map: use ids as labels, like the released code, or
         number them in ascending order if one is not a label of the model."""
-        if all(0 <= c["id"] < num_classes for c in categories):
-            return cls.identity(categories, num_classes)
+        if all(0 <= c["id"] - first < num_classes for c in categories):
+            return cls.identity(categories, num_classes, first)
         return cls.from_categories(categories, num_classes)
 
     @classmethod

@@ -79,6 +79,8 @@ class Detector(nn.Module):
     has_denoising: ClassVar[bool] = False
     has_masks: ClassVar[bool] = False  # whether the mask head fits
     token_losses: ClassVar[str] = "_enc"  # suffix of the losses of selected tokens
+    has_queries: ClassVar[bool] = True  # else regions, without matching (Faster R-CNN)
+    first_id: ClassVar[int] = 0  # the category of label 0 in released checkpoints
 
     backbone: Any
     transformer: Any

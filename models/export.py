@@ -179,10 +179,13 @@ def export_detector(
     case, and with a data set the AP on it of both. `checkpoint`: the file to describe.
 
     UserError, and no file, if a difference exceeds TOLERANCE or AP differs in the third digit, if a
-    package is missing, for a mask head, or for processing inside with non-maximum suppression.
+    package is missing, for a mask head, a Faster R-CNN, or for processing inside with non-maximum
+    suppression.
     """
     if isinstance(predictor.model, MaskDetector):
         raise UserError("masks: a mask head is not exported; export the detector it was trained on")
+    if not predictor.model.has_queries:
+        raise UserError("export: of a Faster R-CNN the number of regions depends on the image")
     if target.with_processing and predictor.postprocess.nms_iou_threshold > 0:
         raise UserError("with_processing: NMS is not exported; leave it out, or nms_iou_threshold")
     output, module = Path(output), Exportable(predictor, target).eval()

@@ -110,6 +110,7 @@ class ModelOptions:
     dec_pred_bbox_embed_share: bool = option(False, "one box head for all decoder layers")
     two_stage_class_embed_share: bool = option(False, "DINO: encoder and decoder share class heads")
     two_stage_bbox_embed_share: bool = option(False, "DINO: encoder and decoder share box heads")
+    num_regions: int = option(512, "Faster R-CNN: regions per image to train the box head", low=1)
     num_select: int = option(300, "detections kept per image", low=1)
     nms_iou_threshold: float = option(-1, "IoU threshold of class-agnostic NMS; -1: no NMS", high=1)
     masks: bool = option(

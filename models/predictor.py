@@ -21,6 +21,7 @@ from .nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from .options import DetectorOptions
 from .postprocess import PostProcess
 from .preprocess import preprocess, resized_size
+from .registry import find_model
 from .weights import load_weights, num_classes_of, read_checkpoint, state_dict_of
 
 WINDOW = 8  # batches of images that may wait for others of their size
@@ -153,7 +154,8 @@ def load_detector(
         class_loss = values.get("class_loss", DetectorOptions.class_loss)
         # If there is no class head, loading will fail.
         count = num_classes_of(checkpoint, class_loss) or 1
-        class_map = ClassMap.identity([{"id": i} for i in range(count)], count)
+        first = find_model(values.get("modelname", DetectorOptions.modelname)).detector.first_id
+        class_map = ClassMap.identity([{"id": first + i} for i in range(count)], count, first)
     else:
         class_map = ClassMap.from_state_dict(checkpoint["class_map"])
     # Which released configs do not say.

@@ -10,6 +10,7 @@ from .detector import Detector
 from .detr import DETR, DenoisingDETR
 from .dino import DINO, DINOOfDNDETR
 from .errors import UserError, nearest
+from .faster_rcnn import DenoisingFasterRCNN, FasterRCNN
 from .options import DetectorOptions
 from .original_deformable_detr import DeformableDETR, DNOriginalDeformableDETR
 
@@ -37,6 +38,8 @@ MODELS = {
     "dino": ModelSpec(DINO, "dino_4scale_r50"),
     "anchor_detr": ModelSpec(AnchorDETR, "anchor_detr_r50_dc5"),
     "dn_anchor_detr": ModelSpec(DNAnchorDETR, "dn_anchor_detr_r50_dc5"),
+    "faster_rcnn": ModelSpec(FasterRCNN, "faster_rcnn_r50_fpn"),
+    "dn_faster_rcnn": ModelSpec(DenoisingFasterRCNN, "dn_faster_rcnn_r50_fpn"),
 }
 
 

@@ -247,7 +247,11 @@ def state_dict_of(checkpoint: Mapping, source: str) -> Mapping[str, Tensor]:
     if not pairs or not all(isinstance(n, str) and isinstance(v, Tensor) for n, v in pairs):
         places = "under 'model', 'ema_model' or 'state_dict', or as names and tensors alone"
         raise UserError(f"{source}: holds no weights; they are expected {places}")
-    return _without_prefix(state)
+    renamed = {}  # torchvision's released Faster R-CNN has names from before its version 0.13
+    for name, value in _without_prefix(state).items():
+        name = re.sub(r"(\.fpn\.(inner|layer)_blocks\.\d)\.(?=weight|bias)", r"\1.0.", name)
+        renamed[re.sub(r"^rpn\.head\.conv\.(?=weight|bias)", "rpn.head.conv.0.0.", name)] = value
+    return renamed
 
 
 def with_matched_rows(
@@ -279,10 +283,10 @@ def with_matched_rows(
 
 def num_classes_of(checkpoint: Mapping, class_loss: str = "focal") -> int | None:
     """The number of labels of the detector in a checkpoint: the rows of its class head, of which
-    with `class_loss` "softmax" the last is no label's."""
+    with `class_loss` "softmax" the last is no label's, and of a Faster R-CNN the first."""
     for name, tensor in state_dict_of(checkpoint, "the checkpoint").items():
-        if re.search(r"(^|\.)class_embed\.(0\.)?weight$", name):
-            return len(tensor) - int(class_loss == "softmax")
+        if re.search(r"(^|\.)(class_embed\.(0\.)?|box_predictor\.cls_score\.)weight$", name):
+            return len(tensor) - int(class_loss == "softmax" or "cls_score" in name)
     return None
 
 
@@ -341,7 +345,7 @@ def load_backbone(backbone: Backbone, name: str, path: str = "", directory: str 
         problem = f"backbone: no pretrained weights for {name} ({reason})"
         remedy += ", or train without with --no_pretrained_backbone"
         raise UserError(f"{problem}; {remedy}") from error
-    # The norms of the feature maps were added for detection; a classifier's file has none.
-    found = {k: v for k, v in ours.items() if released_file and re.match(r"norm\d\.", k)}
+    # The feature maps' norms and pyramid were added for detection; a classifier's file has none.
+    found = {k: v for k, v in ours.items() if released_file and re.match(r"(norm\d|fpn)\.", k)}
     found |= {k: v for k, v in source.items() if k in ours}
     load_weights(body, found, source=path or f"pretrained {name}")

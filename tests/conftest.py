@@ -28,6 +28,15 @@ SMALL = [
     *("--device", "cpu", "--batch_size", "4", "--epochs", "1"),
 ]
 
+QUERIES = ("--nheads", "--enc_layers", "--dec_layers", "--num_queries", "--num_feature_levels")
+
+
+def without_queries(options: list[str]) -> list[str]:
+    """Without those that a Faster R-CNN rejects; each has one value."""
+    at = [i for i, word in enumerate(options) if word in QUERIES]
+    return [word for i, word in enumerate(options) if i not in at and i - 1 not in at]
+
+
 DETECTOR = {
     "modelname": "dn_dab_detr",
     "use_dn": True,

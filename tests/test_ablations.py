@@ -21,7 +21,7 @@ from models.errors import UserError
 from models.nested_tensor import nested_tensor_from_tensor_list
 from models.original_deformable_detr import DeformableDETR
 from models.registry import MODELS
-from tests.conftest import SMALL, Pair
+from tests.conftest import SMALL, Pair, without_queries
 from tests.test_main import read_log
 from train_state import TrainState
 from util.config import Config, parse_command_line
@@ -45,6 +45,10 @@ DEFORMABLE += ["--query_selection static --random_refpoints_xy"]
 REFERENCES = ["--with_box_refine", "--with_box_refine FALSE"]
 REFERENCES += ["--with_box_refine --query_selection pure"]
 WITHOUT_DENOISING = ["--use_dn FALSE", "--dn_number 0"]
+REGIONS = ["--hidden_dim 48", "--use_ema --eval_batch_size 2", "--accumulate 2 --batch_size 1"]
+REGIONS += ["--amp", "--optimizer muon"]
+REGIONS_DENOISING = ["--dn_number 1", "--dn_number 100", "--dn_box_noise_scale 0"]
+REGIONS_DENOISING += WITHOUT_DENOISING
 DENOISING = ["--contrastive", "--contrastive FALSE", "--dn_number 1", "--dn_number 10"]
 DENOISING += ["--dn_label_noise_ratio 0 --dn_box_noise_scale 0"]
 DENOISING += ["--dn_num_boxes mean", "--dn_num_boxes process", *WITHOUT_DENOISING]
@@ -53,10 +57,13 @@ DENSE_MODELS = [name for name, spec in MODELS.items() if issubclass(spec.detecto
 DETR_MODELS = [name for name, spec in MODELS.items() if issubclass(spec.detector, DETR)]
 REFERENCE_MODELS = [n for n, spec in MODELS.items() if issubclass(spec.detector, DeformableDETR)]
 ANCHOR_MODELS = [name for name, spec in MODELS.items() if issubclass(spec.detector, AnchorDETR)]
+REGION_MODELS = [name for name, spec in MODELS.items() if not spec.detector.has_queries]
 PLAIN_MODELS = [name for name, spec in MODELS.items() if not spec.detector.has_denoising]
 
 
 def ablations(model: str) -> list[str]:
+    if model in REGION_MODELS:
+        return REGIONS + ([] if model in PLAIN_MODELS else REGIONS_DENOISING)
     decoder = DENSE if model in DENSE_MODELS else DEFORMABLE
     decoder = CLASSES if model in DETR_MODELS else decoder
     decoder = REFERENCES if model in REFERENCE_MODELS else decoder
@@ -88,7 +95,9 @@ def test_ablations_train_in_two_processes(model: str, pair: Pair, data: Path, tm
     failures = []
     for i, options in enumerate(ablations(model)):
         out, command = tmp_path / f"{i}", f"-m {model} {options}"
-        argv = ["-m", model, *TINY, *options.split(), "--coco_path", str(data)]
+        regions = [*without_queries(TINY), "--num_regions", "32"]
+        tiny = regions if model in REGION_MODELS else TINY
+        argv = ["-m", model, *tiny, *options.split(), "--coco_path", str(data)]
         argv += ["--output_dir", str(out), "--dist_url", f"file://{tmp_path}/{i}.store"]
         results = pair.call(run_main, argv, argv)
         if None in results:  # although --dist_timeout is a minute
@@ -101,7 +110,8 @@ def test_ablations_train_in_two_processes(model: str, pair: Pair, data: Path, tm
         if not math.isfinite(line["train_loss"]):
             failures.append(f"{command}: train_loss {line['train_loss']}")
         denoises = model not in PLAIN_MODELS and options not in WITHOUT_DENOISING
-        if ("train_loss_ce_dn" in line) != denoises:
+        name = "loss_classifier_dn" if model in REGION_MODELS else "loss_ce_dn"
+        if (f"train_{name}" in line) != denoises:
             failures.append(f"{command}: logs {sorted(line)}")
     assert not failures, "\n".join(failures)
 
@@ -117,7 +127,11 @@ def test_unsupported_options_are_rejected(model: str):
     if model in ANCHOR_MODELS:
         rejected = ["--query_selection pure", "--look_forward_twice", "--random_refpoints_xy"]
         rejected.append("--num_patterns 0")
-    if model in ("dab_detr", "detr", "anchor_detr"):
+    if model in REGION_MODELS:
+        rejected = ["--num_queries 50", "--dec_layers 3", "--query_selection pure", "--dilation"]
+        rejected += ["--class_loss softmax", "--contrastive", "--log_matching", "--dropout 0.1"]
+        rejected += ["--dn_label_noise_ratio 0.5", "--return_interm_indices 1 2 3"]
+    if model in ("dab_detr", "detr", "anchor_detr", "faster_rcnn"):
         rejected.append("--use_dn")
     for options in rejected:
         name = options.split("--")[-1].split()[0]

@@ -18,14 +18,14 @@ ROUNDS, STEPS = 8, 100
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dn_dab_detr", "dn_detr"])
+@pytest.mark.parametrize("name", ["dn_dab_detr", "dn_detr", "faster_rcnn", "dn_faster_rcnn"])
 def test_overfits_eight_images(name: str, tmp_path: Path):
     # The validation split, as its images are not augmented.
     root = make_toy_coco(tmp_path, num_train=0, num_val=8, size=96)
     cfg = load_config(
         f"configs/toy/{name}.py",
-        {"coco_path": str(root), "num_classes": 6, "batch_size": 8, "data_aug_scales": [96]}
-        | {"epochs": ROUNDS, "onecyclelr": True},
+        {"coco_path": str(root), "num_classes": 6, "batch_size": 8, "epochs": ROUNDS}
+        | {"data_aug_scales": [192 if "rcnn" in name else 96], "onecyclelr": True},
     )
     torch.manual_seed(0)
     dataset = build_dataset(cfg, "val")

@@ -285,6 +285,8 @@ class Config(RunOptions, TrainingOptions, DataOptions, DetectorOptions):
         for other in exclusive:
             if self.onecyclelr and getattr(self, other):
                 raise UserError(f"onecyclelr and {other} are mutually exclusive")
+        if self.log_matching and not find_model(self.modelname).detector.has_queries:
+            raise UserError(f"log_matching: {self.modelname} has no queries to match")
         if self.overwrite and self.resume == "auto":
             raise UserError("overwrite and resume auto are mutually exclusive")
         if self.finetune and self.pretrain_model_path:

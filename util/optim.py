@@ -15,10 +15,14 @@ from .config import Config
 # Parameters with a lower learning rate where param_dict_type is ddetr_in_mmdet.
 LOW_RATE = re.compile("reference_points|sampling_offsets")
 
+# Parameters with the backbone's learning rate; `detr` is the detector under a mask head.
+BACKBONE = re.compile(r"(detr\.)?backbone\.(?!fpn\.)")
+
 # Muon is for weight matrices between hidden layers: not for heads, embeddings, the stem (identified
 # by the image's channels), reference points, sampling offsets and attention weights.
 NOT_HIDDEN = re.compile(
     rf"embed|label_enc|pattern|\.position\.|bias_table|attention_weights|{LOW_RATE.pattern}"
+    r"|cls_score|cls_logits|bbox_pred"
 )
 IMAGE_CHANNELS = 3
 MUON_RATE = 3  # relative to AdamW's learning rate; on the toy data set 5 is as good
@@ -92,7 +96,7 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         lr, decay = cfg.lr, cfg.weight_decay
-        if name.removeprefix("detr.").startswith("backbone."):
+        if BACKBONE.match(name):
             lr = cfg.lr_backbone
             if lr == 0:
                 parameter.requires_grad_(False)

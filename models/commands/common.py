@@ -70,5 +70,6 @@ def read_annotations(predictor: Predictor, images: Path, annotations: Path) -> C
     as possible, as in `main.py --eval`."""
     class_map: Any = predictor.class_map
     if predictor.labels_are_ids:
-        class_map = partial(ClassMap.of_released, num_classes=class_map.num_classes)
+        how = {"num_classes": class_map.num_classes, "first": predictor.model.first_id}
+        class_map = partial(ClassMap.of_released, **how)
     return CocoAnnotations(images, annotations, class_map)

@@ -10,8 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..class_map import ClassMap
+from ..class_map import COCO, COCO_NUM_CLASSES, ClassMap
 from ..errors import UserError
+from ..registry import find_model
 from ..weights import METADATA, num_classes_of, read_checkpoint, state_dict_of
 from .common import STEMS, assemble
 
@@ -45,6 +46,10 @@ def read(
                 raise UserError("it holds no config; name the one it was trained with, by -c or -m")
             count = num_classes_of(checkpoint, config.get("class_loss", "focal")) or 1
             class_map = ClassMap.of_count(count)
+            first = find_model(config["modelname"]).detector.first_id
+            if first and first + count == COCO_NUM_CLASSES:
+                rows = [{"id": i, "name": name} for i, name in COCO.items()]
+                class_map = ClassMap.identity(rows, count, first)
             converted = assemble(state_dict_of(checkpoint, "it"), config, class_map)
         else:
             project = import_module(f".{source}", __package__)
