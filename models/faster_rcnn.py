@@ -147,8 +147,8 @@ class DenoisingFasterRCNN(FasterRCNN):
 
 
 def in_pixels(boxes: Tensor, size: Tensor) -> Tensor:
-    """Boxes (..., 4), cxcywh in [0, 1], to xyxy in pixels of an image of `size` (..., 2), height and
-    width."""
+    """Boxes (..., 4), cxcywh in [0, 1], to xyxy in pixels of an image of `size` (..., 2),
+    height and width."""
     return box_convert(boxes, "cxcywh", "xyxy") * torch.cat([size, size], dim=-1)[..., [1, 0, 3, 2]]
 
 
