@@ -18,14 +18,17 @@ ROUNDS, STEPS = 8, 100
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dn_dab_detr", "dn_detr"])
+@pytest.mark.parametrize("name", ["dn_dab_detr", "dn_detr", "dab_detr --masks"])
 def test_overfits_eight_images(name: str, tmp_path: Path):
     # The validation split, as its images are not augmented.
     root = make_toy_coco(tmp_path, num_train=0, num_val=8, size=96)
+    name, _, masks = name.partition(" ")
+    smaller = {"masks": True, "dec_layers": 2, "num_queries": 20} if masks else {}
     cfg = load_config(
         f"configs/toy/{name}.py",
         {"coco_path": str(root), "num_classes": 6, "batch_size": 8, "data_aug_scales": [96]}
-        | {"epochs": ROUNDS, "onecyclelr": True},
+        | {"epochs": ROUNDS, "onecyclelr": True}
+        | smaller,
     )
     torch.manual_seed(0)
     dataset = build_dataset(cfg, "val")
@@ -41,6 +44,7 @@ def test_overfits_eight_images(name: str, tmp_path: Path):
         metrics = evaluate(model, criterion, postprocess, test_loader, evaluator, cfg)
         ap50, loss = metrics["coco_eval_bbox"][1], last.stats["loss"]
         print(f"after {STEPS * (epoch + 1)} steps: loss {loss:.2f}, AP50 {ap50:.3f}")
-        if ap50 >= 0.9:
+        of_masks = metrics.get("coco_eval_masks", [1.0, 1.0])[1]
+        if ap50 >= 0.9 and of_masks >= 0.5:
             return
-    pytest.fail(f"AP50 {ap50:.3f} after {ROUNDS * STEPS} steps")
+    pytest.fail(f"AP50 {ap50:.3f}, of masks {of_masks:.3f}, after {ROUNDS * STEPS} steps")

@@ -18,6 +18,7 @@ LOW_RATE = re.compile("reference_points|sampling_offsets")
 # by the image's channels), reference points, sampling offsets and attention weights.
 NOT_HIDDEN = re.compile(
     rf"embed|label_enc|pattern|\.position\.|bias_table|attention_weights|{LOW_RATE.pattern}"
+    "|mask_head|bbox_attention"
 )
 IMAGE_CHANNELS = 3
 MUON_RATE = 3  # relative to AdamW's learning rate; on the toy data set 5 is as good
