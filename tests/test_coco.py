@@ -467,6 +467,7 @@ def test_persistent_workers_follow_the_epoch(make):
 
 def config(root, **changes):
     values = {
+        "masks": False,
         "coco_path": str(root), "num_classes": None, "seed": 0, "strict_data": False,
         "data_aug_scales": [24, 40], "data_aug_max_size": 90, "data_aug_scales2_resize": [30],
         "data_aug_scales2_crop": [20, 30], "fix_size": False,

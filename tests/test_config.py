@@ -105,7 +105,7 @@ def test_command_lines(line: str, expected: dict):
         ("-m dino --num_patterns 3", "num_patterns: dino has none"),
         ("-m dino --random_refpoints_xy", "random_refpoints_xy: anchors are not learned with"),
         ("--position_embedding learned", "'learned' is not supported, only 'sine'"),
-        ("--masks", "masks: True is not supported, only False"),
+        ("-m dino --masks", "masks: dino has no mask head; use detr, dn_detr"),
         ("-m dino --dn_labelbook_size 70 --num_classes 91", "70 is less than num_classes, 91"),
         ("-c configs/dn_dab_detr_r5.py", "did you mean configs/dn_dab_detr_r50.py?"),
         ("stray", "unexpected argument 'stray'"),

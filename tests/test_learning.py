@@ -15,17 +15,25 @@ from train_state import TrainState
 from util.config import load_config
 
 ROUNDS, STEPS = 8, 100
+REST = [
+    *("detr", "dn_detr", "anchor_detr", "dn_anchor_detr", "deformable_detr", "dn_deformable_detr"),
+    *("faster_rcnn", "dab_detr --masks"),
+]
+marked = lambda names: [pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dn_dab_detr", "dn_detr", "faster_rcnn", "dn_faster_rcnn"])
+@pytest.mark.parametrize("name", ["dn_dab_detr", "dn_faster_rcnn", *marked(REST)])
 def test_overfits_eight_images(name: str, tmp_path: Path):
     # The validation split, as its images are not augmented.
     root = make_toy_coco(tmp_path, num_train=0, num_val=8, size=96)
+    name, _, masks = name.partition(" ")
+    smaller = {"masks": True, "dec_layers": 2, "num_queries": 20} if masks else {}
     cfg = load_config(
         f"configs/toy/{name}.py",
         {"coco_path": str(root), "num_classes": 6, "batch_size": 8, "epochs": ROUNDS}
-        | {"data_aug_scales": [192 if "rcnn" in name else 96], "onecyclelr": True},
+        | {"data_aug_scales": [192 if "rcnn" in name else 96], "onecyclelr": True}
+        | smaller,
     )
     torch.manual_seed(0)
     dataset = build_dataset(cfg, "val")
@@ -41,6 +49,7 @@ def test_overfits_eight_images(name: str, tmp_path: Path):
         metrics = evaluate(model, criterion, postprocess, test_loader, evaluator, cfg)
         ap50, loss = metrics["coco_eval_bbox"][1], last.stats["loss"]
         print(f"after {STEPS * (epoch + 1)} steps: loss {loss:.2f}, AP50 {ap50:.3f}")
-        if ap50 >= 0.9:
+        of_masks = metrics.get("coco_eval_masks", [1.0, 1.0])[1]
+        if ap50 >= 0.9 and of_masks >= 0.5:
             return
-    pytest.fail(f"AP50 {ap50:.3f} after {ROUNDS * STEPS} steps")
+    pytest.fail(f"AP50 {ap50:.3f}, of masks {of_masks:.3f}, after {ROUNDS * STEPS} steps")

@@ -22,7 +22,7 @@ BACKBONE = re.compile(r"(detr\.)?backbone\.(?!fpn\.)")
 # by the image's channels), reference points, sampling offsets and attention weights.
 NOT_HIDDEN = re.compile(
     rf"embed|label_enc|pattern|\.position\.|bias_table|attention_weights|{LOW_RATE.pattern}"
-    r"|cls_score|cls_logits|bbox_pred"
+    "|cls_score|cls_logits|bbox_pred|mask_head|bbox_attention"
 )
 IMAGE_CHANNELS = 3
 MUON_RATE = 3  # relative to AdamW's learning rate; on the toy data set 5 is as good
