@@ -49,8 +49,11 @@ class Server:
         command = [sys.executable, "-m", "models", "demo", str(checkpoint), "--device", "cpu"]
         command += ["--port", str(self.port), "--max_size", "0.01"]
         env = os.environ | proxies | {"GRADIO_TEMP_DIR": str(directory / "uploads")}
+        # Ignored signals are inherited, and shells ignore Ctrl-C in what they run in the background.
+        listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+            streams = {"stdout": log, "stderr": log}
+            self.process = subprocess.Popen(command, env=env, preexec_fn=listen, **streams)
 
     def wait(self) -> None:
         while self.url not in self.log.read_text():
@@ -156,7 +159,7 @@ def test_in_a_browser(server, page, file, toy, tmp_path):
     with pytest.raises(BlockingIOError):
         server.proxy.accept()
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait() == 0
+    assert server.process.wait(SECONDS) == 0
     assert "Traceback" not in server.log.read_text() and "Error" not in server.log.read_text()
 
 
