@@ -49,7 +49,7 @@ class Server:
         command = [sys.executable, "-m", "models", "demo", str(checkpoint), "--device", "cpu"]
         command += ["--port", str(self.port), "--max_size", "0.01"]
         env = os.environ | proxies | {"GRADIO_TEMP_DIR": str(directory / "uploads")}
-        # Ignored signals are inherited, and shells ignore Ctrl-C in what they run in the background.
+        # Shells have what runs in the background ignore Ctrl-C, which is inherited.
         listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         with self.log.open("w") as log:
             streams = {"stdout": log, "stderr": log}
