@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +25,8 @@ class Masks:
 
     def rle(self, row: int, size: Sequence[float]) -> dict[str, Any]:
         """The mask of annotation number `row`, in an image of size (h, w), as pycocotools' RLE."""
+        from pycocotools import mask  # not needed without masks
+
         shapes = json.loads(self.shapes[slice(*self.ends[row : row + 2])].tobytes())
         if isinstance(shapes[0], list) or isinstance(shapes[0]["counts"], list):
             shapes = mask.frPyObjects(shapes, *(int(side) for side in size))

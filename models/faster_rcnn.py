@@ -170,7 +170,8 @@ class RegionLosses(nn.Module):
 class RegionPostProcess(PostProcess):
     """The detector has selected and suppressed; its boxes are scaled."""
 
-    def select(self, outputs: Any, sizes: Tensor) -> tuple[Any, Any, Any]:
+    def select(self, outputs: Any, sizes: Tensor) -> tuple[Any, ...]:
         scale = (sizes / outputs["sizes"]).flip(1).repeat(1, 2)
         boxes = [box * factor for box, factor in zip(outputs["boxes"], scale, strict=True)]
-        return outputs["scores"], outputs["labels"], boxes
+        ranks = [torch.arange(len(scores)) for scores in outputs["scores"]]  # for want of queries
+        return outputs["scores"], outputs["labels"], boxes, ranks

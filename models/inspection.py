@@ -25,6 +25,7 @@ from .deformable_attention import MSDeformAttn
 from .deformable_transformer import LevelTokens
 from .detector import Detector, Encoded
 from .dn_components import Denoising
+from .errors import UserError
 from .original_deformable_detr import DeformableDETR
 from .predictor import Predictor
 from .query_selection import Selection, take
@@ -105,9 +106,12 @@ def look(
 
     targets: each image's objects, "boxes" (n, 4) xyxy in pixels and "labels" (n,), for denoising as
     in training, with torch's random numbers, but without dropout. A detector without denoising
-    ignores them.
+    ignores them. UserError for a Faster R-CNN.
     """
-    model, device = predictor.model, predictor.device
+    device = predictor.device
+    model: Any = getattr(predictor.model, "detr", predictor.model)  # without its mask head
+    if not model.has_queries:
+        raise UserError("inspect: a Faster R-CNN has no queries")
     sizes = torch.tensor([image.shape[:0:-1] for image in images], device=device)  # width, height
     known = None
     if targets is not None:

@@ -89,6 +89,7 @@ class MaskDetector(Detector):
     def __init__(self, options: DetectorOptions, detr: Detector):
         nn.Module.__init__(self)
         self.detr, self.is_frozen = detr, options.frozen_weights is not None
+        self.prepare_denoising = detr.prepare_denoising
         if self.is_frozen:
             detr.requires_grad_(False)
         # As plain attributes, or their parameters would have two names.

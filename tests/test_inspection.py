@@ -19,6 +19,7 @@ from models import Predictor, build_model
 from models.build import read_config
 from models.class_map import ClassMap
 from models.cli import main
+from models.errors import UserError
 from models.inspection import DenoisingView, LayerView, calls_of, look
 from models.inspection_pictures import attention_map, draw_query, draw_selection
 from models.options import DetectorOptions
@@ -37,6 +38,7 @@ SMALL = {
 }
 # Each is resized, and padded to the other's longer side.
 SIZES = (60, 80), (50, 100)
+WITH_QUERIES = [name for name, spec in MODELS.items() if spec.detector.has_queries]
 RESIZED, PADDED = ((64, 85), (48, 96)), (64, 96)
 IMAGES = [torch.full((3, *size), 90, dtype=torch.uint8) for size in SIZES]
 OBJECTS = {
@@ -50,7 +52,7 @@ X, Y = PIXEL[0] / 80, PIXEL[1] / 60  # in fractions of either image
 
 def make_predictor(name: str, **options) -> Predictor:
     torch.manual_seed(0)
-    config = read_config(f"toy/{name}") | SMALL | options
+    config = read_config(f"toy/{name}") | (SMALL if name in WITH_QUERIES else {}) | options
     model, _, postprocess = build_model(DetectorOptions.of(config))
     class_map = ClassMap.from_categories([{"id": i, "name": n} for i, n in CATEGORIES.items()])
     return Predictor(model.eval(), postprocess, class_map, size=64, max_size=96)
@@ -84,7 +86,7 @@ def read_maps(seen: LayerView, levels: list[Tensor], image: int) -> Tensor:
     return sum(torch.einsum("qmhw,hwmd->qmd", m, valid(x, image)) for m, x in pairs)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WITH_QUERIES)
 def test_attention_follows_from_what_is_seen(name):
     """With every detector: the weighted sums of the values at the places of the view, in pixels of
     the image, are what the last layer's attention returned."""
@@ -120,11 +122,12 @@ def test_attention_follows_from_what_is_seen(name):
 
 DINOS = "dino", "dn_dab_dino_deformable_detr"  # select queries and have contrastive denoising
 TWO_STAGES = {"query_selection": "pure", "with_box_refine": True}
-REFINING = [name for name in MODELS if name not in ("detr", "dn_detr")]
+REFINING = [name for name in WITH_QUERIES if name not in ("detr", "dn_detr")]
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [*((name, {}) for name in MODELS), ("dn_deformable_detr", TWO_STAGES)]
+    ("name", "options"),
+    [*((name, {}) for name in WITH_QUERIES), ("dn_deformable_detr", TWO_STAGES)],
 )
 def test_boxes_references_selection_and_denoising(name, options):
     predictor = make_predictor(name, **options)
@@ -334,3 +337,15 @@ def test_a_reader_that_is_gone_is_no_error(saved, monkeypatch, capsys):
         assert main(["inspect", str(saved)]) == 1
         monkeypatch.undo()
     assert capsys.readouterr().err == ""
+
+
+def test_faster_rcnn_is_refused():
+    with pytest.raises(UserError, match="a Faster R-CNN has no queries"):
+        look(make_predictor("faster_rcnn"), IMAGES)
+
+
+def test_detector_under_a_mask_head():
+    predictor = make_predictor("dn_detr", masks=True)
+    views = look(predictor, IMAGES, TARGETS)
+    assert all(view.denoising is not None for view in views)
+    assert not predictor.model.detr.training

@@ -116,7 +116,8 @@ def test_readme_table_of_published_runs_matches_the_configs():
     assert {name for name, *_ in rows} == {path.stem for path in CONFIG_DIR.glob("*.py")}
     for name, gpus, images, *numbers in rows:
         cfg = load_config(f"configs/{name}.py")
-        expected = cfg.batch_size, cfg.epochs, cfg.lr_drop, cfg.lr, cfg.lr_backbone
+        drop = cfg.lr_drop_list[0] if cfg.multi_step_lr else cfg.lr_drop
+        expected = cfg.batch_size, cfg.epochs, drop, cfg.lr, cfg.lr_backbone
         assert (int(images), *map(float, numbers)) == expected, name
         family = name.removeprefix("dn_").split("_r50")[0]
         assert int(gpus) * int(images) == {"deformable_detr": 32, "anchor_detr": 8}.get(family, 16)
