@@ -31,7 +31,7 @@ FILES = {
     "A detector": [
         *("models/detector.py", "models/transformer.py", "models/deformable_transformer.py"),
         *("models/query_selection.py", "models/heads.py", "models/registry.py", "README.md"),
-        "tests/test_models.py",
+        *("docs/denoising.md", "tests/test_models.py"),
     ],
     "A loss term": ["models/criterion.py", "models/options.py", "tests/test_criterion.py"],
     "A backbone": [
