@@ -31,7 +31,7 @@ experiment = Experiment(
     title="DN-DETR's ablations: toy set",
     claim=CLAIM,
     data=TOY,
-    epochs=6,
+    epochs=4,
     arms=arms("toy/dn_dab_deformable_detr"),
     options={**TOY_SIZES, **IMAGENET, **TOY_DEFORMABLE},
 )

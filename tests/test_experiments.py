@@ -19,6 +19,7 @@ from experiments import AP, Arm, Experiment, Toy, by_layer, load, logged, names
 from experiments.programs import after_toy
 from models import dn_components
 from models.errors import UserError
+from tests.conftest import QUERIES
 from tests.kill_runs import read_log
 from tools import experiment as tool
 from tools.results import duplicates_per_object, epochs_to_reach, interval, plot, read_runs, table
@@ -35,8 +36,12 @@ TINY += ["data_aug_scales2_crop=[]", "num_feature_levels=3", "batch_size=2"]
 def runs_of(name: str, data: Path, root: Path, *more: str) -> list[tool.Run]:
     """Those of the first seed."""
     described = load(name)
-    runs = tool.list_runs(name, described, data, [*TINY, *more], root)
-    return runs[: len(described.arms)]
+    runs = tool.list_runs(name, described, data, [*TINY, *more], root)[: len(described.arms)]
+    for run in runs:
+        if "rcnn" in run.settings["config"]:
+            named = lambda option: f"--{option.split('=')[0]}" in QUERIES
+            run.settings["options"] = [o for o in run.settings["options"] if not named(o)]
+    return runs
 
 
 def train(run: tool.Run) -> None:

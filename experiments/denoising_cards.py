@@ -1,0 +1,17 @@
+"""DN-DETR's extended version, on 296 photos of playing cards: denoising in other detectors."""
+
+from dataclasses import replace
+
+from experiments import IMAGENET
+from experiments.convergence_cards import SIZES
+from experiments.denoising_toy import TOY_CONFIGS, arms
+from experiments.denoising_toy import experiment as of_toy
+
+experiment = replace(
+    of_toy,
+    title="Denoising in other detectors: playing cards",
+    data="cards",
+    epochs=10,
+    arms=arms(TOY_CONFIGS, {"Deformable DETR": {"enc_layers": 2}}),
+    options={**IMAGENET, **SIZES},
+)

@@ -1,0 +1,42 @@
+"""DN-DETR's extended version, on the toy set: denoising in other detectors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments import IMAGENET, TOY, TOY_DEFORMABLE, TOY_SIZES, Arm, Experiment
+
+CLAIM = (
+    "DN-DETR, extended version: denoising trains other detectors better, too: DETR, Anchor DETR, "
+    "Deformable DETR and Faster R-CNN."
+)
+
+
+def arms(configs: Mapping[str, str], options: Mapping[str, Mapping[str, Any]] = {}) -> dict:
+    """Every detector, without and with denoising. `configs`: {name: config without denoising};
+    `options`: those of a detector by its name."""
+    found: dict[str, Arm] = {}
+    for name, config in configs.items():
+        place, _, file = config.rpartition("/")
+        denoising, own = f"{place}/dn_{file}".removeprefix("/"), options.get(name, {})
+        found[name] = Arm(config, own)
+        found[f"{name} with denoising"] = Arm(denoising, own, against=name)
+    return found
+
+
+TOY_CONFIGS = {
+    "DETR": "toy/detr",
+    "Anchor DETR": "toy/anchor_detr",
+    "Deformable DETR": "toy/deformable_detr",
+    "Faster R-CNN": "toy/faster_rcnn",
+}
+# Faster R-CNN's smallest anchors have 32 pixels.
+TWICE = {"data_aug_scales": [144, 168, 192], "data_aug_max_size": 192}
+
+experiment = Experiment(
+    title="Denoising in other detectors: toy set",
+    claim=CLAIM,
+    data=TOY,
+    epochs=6,
+    arms=arms(TOY_CONFIGS, {"Deformable DETR": TOY_DEFORMABLE, "Faster R-CNN": TWICE}),
+    options={**TOY_SIZES, **IMAGENET},
+)
