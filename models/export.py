@@ -12,6 +12,7 @@ operator, which has to be imported before `torch.export.load`.
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import statistics
 import tempfile
@@ -42,18 +43,22 @@ from .registry import MODELS
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
 DESCRIPTION = "dn_dino.json"  # the metadata of an ONNX file, the extra file of a .pt2
 TOLERANCE = 1e-3  # of logits, scores, and boxes as fractions of the image
+AP_TOLERANCE, INT8_AP_TOLERANCE = 5e-4, 0.02
+CALIBRATION = 32  # images from which the ranges of 8-bit numbers are measured
 Run = Callable[[Tensor], Sequence[Tensor]]  # an exported model: images -> its outputs
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to export: `size` (height, width) and `batch_size`, None where any; `opset` of ONNX."""
+    """What to export: `size` (height, width) and `batch_size`, None where any; `opset` of ONNX;
+    `int8`: convolutions in 8 bits."""
 
     format: str = "onnx"
     size: tuple[int, int] | None = None
     batch_size: int | None = None
     with_processing: bool = False
     opset: int = 18
+    int8: bool = False
 
     @property
     def outputs(self) -> list[str]:
@@ -171,16 +176,18 @@ def export_detector(
     output: str | Path,
     target: Target,
     dataset: CocoAnnotations | None = None,
+    calibration: CocoAnnotations | None = None,
 ) -> dict[str, float]:
     """Export a detector, verify the file, and only then move it to `output`.
 
     ONNX is run by onnxruntime, and by OpenVINO if it is installed. Returns the largest `difference`
     of all `cases`, the milliseconds of each runtime and of the detector for a batch of the last
-    case, and with a data set the AP on it of both. `checkpoint`: the file to describe.
+    case, and with a data set the AP on it of both. `checkpoint`: the file to describe. In 8 bits,
+    ranges are measured on images of `calibration` once the file in float32 has passed.
 
-    UserError, and no file, if a difference exceeds TOLERANCE or AP differs in the third digit, if a
-    package is missing, for a mask head, a Faster R-CNN, or for processing inside with non-maximum
-    suppression.
+    UserError, and no file, if a difference exceeds TOLERANCE or AP differs in the third digit, in 8
+    bits by INT8_AP_TOLERANCE, if a package is missing, for a mask head, a Faster R-CNN, or for
+    processing inside with non-maximum suppression.
     """
     if isinstance(predictor.model, MaskDetector):
         raise UserError("masks: a mask head is not exported; export the detector it was trained on")
@@ -188,6 +195,8 @@ def export_detector(
         raise UserError("export: of a Faster R-CNN the number of regions depends on the image")
     if target.with_processing and predictor.postprocess.nms_iou_threshold > 0:
         raise UserError("with_processing: NMS is not exported; leave it out, or nms_iou_threshold")
+    if target.int8 and not (target.format == "onnx" and dataset and calibration):
+        raise UserError("int8: only for ONNX, and with a data set to measure ranges and AP on")
     output, module = Path(output), Exportable(predictor, target).eval()
     told = json.dumps(description(predictor, Path(checkpoint), target))
     figures = {"difference": 0.0}
@@ -205,6 +214,10 @@ def export_detector(
                         f"{gap:.2g} for {batch_size} x 3 x {size[0]} x {size[1]}"
                     )
                 figures["difference"] = max(figures["difference"], gap)
+        if target.int8 and calibration:
+            number = min(CALIBRATION, len(calibration))
+            images_of = (prepared(predictor, target, calibration.image(i)) for i in range(number))
+            runs = quantize(file, images_of, told)
         runs["detector"] = torch.no_grad()(module.detect)
         figures |= {f"{name} ms": milliseconds(run, images) for name, run in runs.items()}
         if dataset:
@@ -213,7 +226,7 @@ def export_detector(
                 predict = partial(detect, run, predictor, target)
                 figures[f"{name} AP"] = average_precision(predict, dataset)
             ours, theirs = (figures[f"{name} AP"] for name in both)
-            if abs(ours - theirs) >= 5e-4:
+            if abs(ours - theirs) >= (INT8_AP_TOLERANCE if target.int8 else AP_TOLERANCE):
                 problem = f"AP is {ours:.4f}, but the detector's {theirs:.4f}"
                 raise UserError(f"{output}: not written, because its {problem}")
         os.replace(file, output)
@@ -270,6 +283,30 @@ def write_onnx(module: Exportable, file: Path, told: str) -> dict[str, Run]:
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, file)
     return runs
+
+
+def quantize(file: Path, batches: Iterator[Tensor], told: str) -> dict[str, Run]:
+    """Put the convolutions of an ONNX file into 8 bits (onnxruntime's static quantisation), with
+    ranges measured on these inputs; all else stays float32. Returns it as onnxruntime runs it."""
+    onnx = import_extra("onnx", "export")
+    library: Any = import_extra("onnxruntime.quantization", "export")
+
+    class Reader(library.CalibrationDataReader):
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(batches, None)
+            return None if batch is None else {"images": batch.numpy()}
+
+    types = library.QuantType
+    options = {"activation_type": types.QUInt8, "weight_type": types.QInt8, "per_channel": True}
+    logging.disable(logging.WARNING)  # it recommends what makes no difference here
+    try:
+        library.quantize_static(file, file, Reader(), op_types_to_quantize=["Conv"], **options)
+    finally:
+        logging.disable(logging.NOTSET)
+    model = onnx.load(file)
+    onnx.helper.set_model_props(model, {DESCRIPTION: told})
+    onnx.save(model, file)
+    return {"onnxruntime": onnxruntime_session(file)}
 
 
 def onnxruntime_session(file: str | Path) -> Run:
@@ -330,16 +367,21 @@ def milliseconds(run: Run, images: Tensor, repeats: int = 5) -> float:
 
 def detect(run: Run, predictor: Predictor, target: Target, image: Tensor) -> tuple[Tensor, ...]:
     """Scores (k,), labels (k,) and boxes (k, 4) xyxy in pixels of an image (3, H, W) uint8 RGB."""
-    height, width = image.shape[-2:]
-    size = target.size or resized_size(height, width, predictor.size, predictor.max_size)
-    resized = F.resize(image, list(size), antialias=True)
-    resized = resized if target.with_processing else normalize(resized)
-    outputs = run(resized.expand(target.batch_size or 1, -1, -1, -1).contiguous())
+    images = prepared(predictor, target, image)
+    outputs, (height, width), size = run(images), image.shape[-2:], images.shape[-2:]
     if not target.with_processing:
         raw = dict(zip(("pred_logits", "pred_boxes"), outputs, strict=False))
         outputs = predictor.postprocess.select(raw, torch.tensor([size]))
     scores, labels, boxes = (x[0] for x in outputs[:3])
     return scores, labels, boxes * torch.tensor([width / size[1], height / size[0]] * 2)
+
+
+def prepared(predictor: Predictor, target: Target, image: Tensor) -> Tensor:
+    """An image (3, H, W) uint8 RGB as an exported model takes it, a batch of equal ones."""
+    size = target.size or resized_size(*image.shape[-2:], predictor.size, predictor.max_size)
+    resized = F.resize(image, list(size), antialias=True)
+    resized = resized if target.with_processing else normalize(resized)
+    return resized.expand(target.batch_size or 1, -1, -1, -1).contiguous()
 
 
 def average_precision(

@@ -221,3 +221,32 @@ def test_average_precision_of_the_truth_is_1(toy: Path):
     file = toy / "annotations" / "instances_val2017.json"
     dataset = CocoAnnotations(toy / "val2017", file, class_map)
     assert average_precision(predict, dataset) == pytest.approx(1)
+
+
+def test_int8(make, toy, capsys, monkeypatch):
+    """The convolutions' weights are bytes; what costs too much AP is not written."""
+    path = make("dino")
+    output = path.with_suffix(".onnx")
+    command = ["export", str(path), "--size", "64", "96", "--batch_size", "1", "--int8"]
+    assert main(command) == 2
+    assert "int8: only for ONNX, and with a data set" in capsys.readouterr().err
+    command += ["--coco_path", str(toy)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "onnxruntime AP" in printed and "OpenVINO" not in printed
+    model = onnx.load(output)
+    bytes_ = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8}
+    producers = {name: node for node in model.graph.node for name in node.output}
+    weights = [producers[node.input[1]] for node in model.graph.node if node.op_type == "Conv"]
+    assert weights and all(node.op_type == "DequantizeLinear" for node in weights)
+    assert all(node.input[0] in bytes_ for node in weights)
+    assert json.loads(model.metadata_props[0].value)["int8"] is True
+    logits, boxes = run_onnx(output, torch.randn(1, 3, 64, 96))
+    assert logits.shape == (1, 10, 6) and boxes.shape == (1, 10, 4)
+
+    aps = iter([0.40, 0.43])
+    monkeypatch.setattr(export, "average_precision", lambda *_: next(aps))
+    output.unlink()
+    assert main(command) == 2
+    assert "AP is 0.4000, but the detector's 0.4300" in capsys.readouterr().err
+    assert not output.exists()
