@@ -269,8 +269,9 @@ def write_onnx(module: Exportable, file: Path, told: str) -> dict[str, Run]:
         optimize=False,  # onnxscript 0.7 gives two clamps of one tensor, as in a decoder, one bound
         verbose=False,
     )
-    optimizer.fold_constants(exported.model)
-    optimizer.remove_unused_nodes(exported.model)
+    with silence():
+        optimizer.fold_constants(exported.model)
+        optimizer.remove_unused_nodes(exported.model)
     model = exported.model_proto
     if (opset := model.opset_import[0].version) != target.opset:
         raise UserError(f"opset: torch.onnx wrote {opset}, not {target.opset}; use --opset {opset}")
@@ -283,6 +284,16 @@ def write_onnx(module: Exportable, file: Path, told: str) -> dict[str, Run]:
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, file)
     return runs
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """No warnings of other packages: they tell steps left out, and options that change nothing."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def quantize(file: Path, batches: Iterator[Tensor], told: str) -> dict[str, Run]:
@@ -298,11 +309,8 @@ def quantize(file: Path, batches: Iterator[Tensor], told: str) -> dict[str, Run]
 
     types = library.QuantType
     options = {"activation_type": types.QUInt8, "weight_type": types.QInt8, "per_channel": True}
-    logging.disable(logging.WARNING)  # it recommends what makes no difference here
-    try:
+    with silence():
         library.quantize_static(file, file, Reader(), op_types_to_quantize=["Conv"], **options)
-    finally:
-        logging.disable(logging.NOTSET)
     model = onnx.load(file)
     onnx.helper.set_model_props(model, {DESCRIPTION: told})
     onnx.save(model, file)
