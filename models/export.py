@@ -386,7 +386,8 @@ def detect(run: Run, predictor: Predictor, target: Target, image: Tensor) -> tup
 
 def prepared(predictor: Predictor, target: Target, image: Tensor) -> Tensor:
     """An image (3, H, W) uint8 RGB as an exported model takes it, a batch of equal ones."""
-    size = target.size or resized_size(*image.shape[-2:], predictor.size, predictor.max_size)
+    height, width = image.shape[-2:]
+    size = target.size or resized_size(height, width, predictor.size, predictor.max_size)
     resized = F.resize(image, list(size), antialias=True)
     resized = resized if target.with_processing else normalize(resized)
     return resized.expand(target.batch_size or 1, -1, -1, -1).contiguous()
