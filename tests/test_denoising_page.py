@@ -9,26 +9,25 @@ import pytest
 import torch
 
 PAGE = Path("docs/denoising.md").read_text()
+EXAMPLE, CHECK = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 ROWS = re.findall(r"^\| [\w -]+ \| `(models/\w+)\.py` \| `(\w+)` \| (\d+) \|", PAGE, re.MULTILINE)
 
 
 def test_examples(capsys: pytest.CaptureFixture):
     torch.manual_seed(0)
-    example, check = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names: dict = {}
-    exec(example.replace("from dn_dino", "from models"), names)
+    exec(EXAMPLE.replace("from dn_dino", "from models"), names)
     assert capsys.readouterr().out == "torch.Size([1, 1, 20, 3])\n"
     assert all(p.grad is not None for n, p in names["detector"].named_parameters())
-    exec(check, names)
+    exec(CHECK, names)
 
 
 def test_the_check_finds_a_missing_mask():
-    example, check = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names: dict = {}
-    unmasked = example.replace("tgt_mask=blocked", "tgt_mask=None")
+    unmasked = EXAMPLE.replace("tgt_mask=blocked", "tgt_mask=None")
     exec(unmasked.replace("from dn_dino", "from models"), names)
     with pytest.raises(AssertionError):
-        exec(check, names)
+        exec(CHECK, names)
 
 
 def test_table_of_what_detectors_added():

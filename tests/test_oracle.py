@@ -5,6 +5,8 @@ verified them on the released checkpoints. Tolerances cover float32 summation or
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -168,31 +170,34 @@ def test_dab_detr_equals_transformers(num_patterns: int):
     assert ours["pred_boxes"].std() > 0.05, "the comparison would be vacuous"
 
 
+def their_sizes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a model here as those of transformers' configs."""
+    found = {"d_model": options["hidden_dim"], "backbone": options["backbone"], "dropout": 0.0}
+    found["num_labels"] = options["num_classes"]
+    for part, layers in (("encoder", "enc_layers"), ("decoder", "dec_layers")):
+        found |= {f"{part}_attention_heads": options["nheads"], f"{part}_layers": options[layers]}
+        found |= {f"{part}_ffn_dim": options["dim_feedforward"]}
+    return found
+
+
+def load_all(theirs: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """All of their weights, and no others."""
+    report = theirs.load_state_dict(weights, strict=False)
+    assert not report.unexpected_keys
+    assert all("num_batches_tracked" in k for k in report.missing_keys)
+
+
 def test_detr_equals_transformers():
     """Outputs, losses and scores. Without auxiliary losses, with which theirs, unlike the released
     code, feeds each layer the normalised output of the one before."""
     torch.manual_seed(0)
     sizes = {"dim_feedforward": 96, "enc_layers": 2, "dec_layers": 3, "hidden_dim": 64, "nheads": 4}
-    more = {"backbone": "resnet18", "num_queries": 20, "num_classes": 7, "dropout": 0.0}
-    model, criterion, postprocess = build_model("detr_r50", **sizes, **more)
+    sizes |= {"backbone": "resnet18", "num_queries": 20, "num_classes": 7, "dropout": 0.0}
+    model, criterion, postprocess = build_model("detr_r50", **sizes)
     randomise(model)
-    their_config = transformers.DetrConfig(
-        backbone="resnet18",
-        d_model=64,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_layers=2,
-        decoder_layers=3,
-        encoder_ffn_dim=96,
-        decoder_ffn_dim=96,
-        num_queries=20,
-        num_labels=7,
-        dropout=0.0,
-    )
+    their_config = transformers.DetrConfig(**their_sizes(sizes), num_queries=20)
     theirs = transformers.DetrForObjectDetection(their_config)
-    report = theirs.load_state_dict(their_state_dict(model.state_dict(), DETR_NAMES), strict=False)
-    assert not report.unexpected_keys
-    assert all("num_batches_tracked" in k for k in report.missing_keys)
+    load_all(theirs, their_state_dict(model.state_dict(), DETR_NAMES))
 
     images = padded_images((96, 128), (128, 96))
     boxes = 0.2 + 0.3 * torch.rand(5, 4)
@@ -223,30 +228,16 @@ def test_mask_head_equals_transformers():
     """Logits, losses and masks, with padding in the batch."""
     torch.manual_seed(0)
     sizes = {"dim_feedforward": 96, "enc_layers": 1, "dec_layers": 1, "hidden_dim": 64, "nheads": 8}
-    more = {"backbone": "resnet18", "num_queries": 9, "num_classes": 7, "dropout": 0.0}
-    model, criterion, postprocess = build_model("detr_r50", masks=True, **sizes, **more)
+    sizes |= {"backbone": "resnet18", "num_queries": 9, "num_classes": 7, "dropout": 0.0}
+    model, criterion, postprocess = build_model("detr_r50", masks=True, **sizes)
     randomise(model)
-    their_config = transformers.DetrConfig(
-        backbone="resnet18",
-        d_model=64,
-        encoder_attention_heads=8,
-        decoder_attention_heads=8,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=96,
-        decoder_ffn_dim=96,
-        num_queries=9,
-        num_labels=7,
-        dropout=0.0,
-    )
+    their_config = transformers.DetrConfig(**their_sizes(sizes), num_queries=9)
     theirs = transformers.DetrForSegmentation(their_config)
     detector = their_state_dict(model.detr.state_dict(), DETR_NAMES)
     weights = {f"detr.{name}": value for name, value in detector.items()}
     head = {k: v for k, v in model.state_dict().items() if not k.startswith("detr.")}
     weights |= their_state_dict(head, MASK_NAMES)
-    report = theirs.load_state_dict(weights, strict=False)
-    assert not report.unexpected_keys
-    assert all("num_batches_tracked" in k for k in report.missing_keys)
+    load_all(theirs, weights)
 
     images = padded_images((96, 128), (120, 90))
     targets = [{"labels": torch.arange(n), "boxes": 0.2 + 0.3 * torch.rand(n, 4)} for n in (3, 2)]
@@ -281,23 +272,10 @@ def test_deformable_encoder_selection_and_decoder_equal_transformers():
     `deformable_detr`, which has the same queries, is in test_original_deformable_detr.py.
     """
     torch.manual_seed(0)
-    cfg = load_config(
-        "configs/dab_deformable_detr_r50.py",
-        {
-            "backbone": "resnet18",
-            "hidden_dim": 64,
-            "nheads": 4,
-            "enc_layers": 2,
-            "dec_layers": 3,
-            "enc_n_points": 3,
-            "dec_n_points": 2,
-            "dim_feedforward": 96,
-            "query_selection": "pure",
-            "num_queries": 20,
-            "num_classes": 7,
-        },
-    )
-    model, _, _ = build_model(cfg)
+    options = {"dim_feedforward": 96, "enc_layers": 2, "dec_layers": 3, "hidden_dim": 64}
+    options |= {"nheads": 4, "enc_n_points": 3, "dec_n_points": 2, "query_selection": "pure"}
+    options |= {"backbone": "resnet18", "num_queries": 20, "num_classes": 7}
+    model, _, _ = build_model(load_config("configs/dab_deformable_detr_r50.py", options))
     randomise(model)
     transformer, decoder = model.transformer, model.transformer.decoder
     decoder.query_scale = None  # as with `scales_queries=False`
@@ -307,21 +285,12 @@ def test_deformable_encoder_selection_and_decoder_equal_transformers():
     featureless = transformer.enc_output_norm(transformer.enc_output.bias)
     model.class_embed[-1].weight.data[0] = -0.1 * featureless
     their_config = transformers.DeformableDetrConfig(
-        backbone="resnet18",
-        d_model=64,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_layers=2,
-        decoder_layers=3,
+        **their_sizes(options),
         encoder_n_points=3,
         decoder_n_points=2,
-        encoder_ffn_dim=96,
-        decoder_ffn_dim=96,
         two_stage=True,
         with_box_refine=True,
         two_stage_num_proposals=20,
-        num_labels=7,
-        dropout=0.0,
     )
     theirs = transformers.DeformableDetrForObjectDetection(their_config)
     weights = their_state_dict(model.state_dict(), DEFORMABLE_NAMES)
