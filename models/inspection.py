@@ -133,9 +133,9 @@ def look(
     encoded, dn = outputs["encoded"], outputs.get("dn")
     predictions = [*outputs["aux_outputs"], outputs]
     ((_, result),) = decoded
-    views = []
+    masks, views = level_masks(encoded), []
     for i, (image, size) in enumerate(zip(images, sizes, strict=True)):
-        extents = [mask_extent(mask[i]) for mask in level_masks(encoded)]
+        extents = [mask_extent(mask[i]) for mask in masks]
         layers = []
         for number, prediction in enumerate(predictions):
             scores, labels = best_class(predictor, prediction["pred_logits"][i])

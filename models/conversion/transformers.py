@@ -39,9 +39,12 @@ NAMES: Rules = (
     (r"\.linear([12])\.", r".fc\1."),
     (r"\.decoder\.norm\.", ".decoder.layernorm."),
 )
-DAB: Rules = (
+DENSE: Rules = (
     (r"^bbox_embed\.", "bbox_predictor."),
     (r"^input_proj\.", "model.input_projection."),
+)
+DAB: Rules = (
+    *DENSE,
     (r"^refpoint_embed\.", "model.query_refpoint_embeddings."),
     (r"(decoder\.layers\.\d+)\.(norm3|linear|activation)", r"\1.mlp.\2"),
     (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.self_attn.self_attn_layer_norm."),
@@ -62,10 +65,9 @@ QUERIES: Rules = (
     (r"\.activation\.", ".mlp.activation_fn."),
 )
 DETR: Rules = (
+    *DENSE,
     *QUERIES,
     (r"^class_embed\.", "class_labels_classifier."),
-    (r"^bbox_embed\.", "bbox_predictor."),
-    (r"^input_proj\.", "model.input_projection."),
     (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
     (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.encoder_attn_layer_norm."),
 )
