@@ -1,6 +1,6 @@
 # make demo    install, make the toy data set, train a small model on it, draw what it detects
 # make test    install, run every test
-# make zoo     train a small model of every kind, and print what they reach: under two hours
+# make zoo     train a small model of every kind, and print what they reach: about an hour
 # make evidence    run all comparisons of experiments/ that need no COCO: hours; see docs/RESULTS.md
 # make notebook    run notebooks/tour.ipynb as it is in the repository
 # make op      compile deformable attention, for the CPU and for CUDA where its toolkit is
@@ -50,8 +50,8 @@ demo: $(DATA)/annotations/instances_val2017.json $(CPU_OP)
 	$(BIN)/python -m util.visualize $(OUT)/log.txt --output $(OUT)/training.png
 	@echo "Pictures: $(OUT)/pictures, loss and AP by epoch: $(OUT)/training.png"
 
-zoo: $(DATA)/annotations/instances_val2017.json $(CPU_OP)
-	$(BIN)/python tools/zoo.py --coco_path $(DATA) --output_dir outputs/zoo
+zoo: $(VENV)/.installed $(CPU_OP)
+	$(BIN)/python tools/experiment.py zoo
 
 # DATASETS: the directory that contains bccd and cards, see README.
 evidence: $(VENV)/.installed-dev $(CPU_OP)

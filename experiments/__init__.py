@@ -62,12 +62,13 @@ IMAGENET = {
 @dataclass(frozen=True)
 class Figure:
     """A number that a run has after every epoch; `of` computes it from a line of log.txt, and gives
-    NaN where it is not there. `summary` makes one number of the epochs': the last, or their mean.
-    """
+    NaN where it is not there. `summary` makes one number of the epochs', by default the last.
+    `digits`: decimals in tables."""
 
     title: str
     of: Callable[[dict], float]
     summary: Callable[[Sequence[float]], float] = lambda values: values[-1]
+    digits: int = 3
 
     def by_epoch(self, lines: Sequence[dict]) -> list[float]:
         return [self.of(line) for line in lines]
@@ -105,15 +106,15 @@ DUPLICATES = logged("duplicates per object", "duplicates")
 @dataclass(frozen=True)
 class Experiment:
     """`claim`: what is to be shown, and whose claim it is. `data`: a toy data set, or the directory
-    of one in COCO's layout below the tool's --data. `options`: of every arm. The first of `figures`
-    is the one whose course decides how many epochs an arm needs for the final value of the arm that
-    it is compared with. `drawn`: titles of the figures to plot by epoch.
-    `processes`: GPUs of each run, at full size."""
+    of one in COCO's layout below the tool's --data. `epochs`: None for those of every arm's config.
+    `options`: of every arm. The first of `figures` is the one whose course decides how many epochs
+    an arm needs for the final value of the arm that it is compared with. `drawn`: titles of the
+    figures to plot by epoch. `processes`: GPUs of each run, at full size."""
 
     title: str
     claim: str
     data: Toy | str
-    epochs: int
+    epochs: int | None
     arms: Mapping[str, Arm]
     options: Mapping[str, Any] = field(default_factory=dict)
     seeds: Sequence[int] = (0, 1, 2)

@@ -59,7 +59,7 @@ def test_descriptions_are_valid(name: str, tmp_path: Path):
     assert len(set(titles)) == len(titles) and described.claim.endswith(".")
     for run in tool.list_runs(name, described, tmp_path, [], tmp_path):
         cfg = parse_command_line(run.prepare())
-        assert cfg.epochs == described.epochs
+        assert cfg.epochs == described.epochs or described.epochs is None
 
 
 @pytest.mark.parametrize("name", [name for name in names() if load(name).data == "coco"])
@@ -147,6 +147,15 @@ def test_figures():
         [0.4, 0.2]
     )
     assert math.isnan(logged("none", "ema_test_coco_eval_bbox", 0).value(log))
+
+
+def test_a_zoo_row():
+    line = {"n_parameters": 1_230_000, "train_images_per_second": 30.0, "epoch_time": "0:01:30"}
+    first = {**line, "test_coco_eval_bbox": [0.1, 0.2]}
+    last = {**line, "train_images_per_second": 40.0, "epoch_time": "1:00:00"}
+    last["test_coco_eval_bbox"] = [0.4567, 0.7]
+    text = table(load("zoo"), {"dino": {0: [first, last]}})
+    assert "| dino | 1 | 0.457 | 0.700 | 1.2 | 61.5 | 35 |" in text
 
 
 def test_epochs_to_reach():

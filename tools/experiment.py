@@ -75,7 +75,8 @@ class Run:
         (self.outputs / "settings.json").write_text(json.dumps(self.settings))
         config = str(ROOT / "configs" / f"{self.settings['config']}.py")
         argv = ["-c", config, "--seed", str(self.settings["seed"]), "--coco_path", str(self.data)]
-        return [*argv, "--options", *self.settings["options"]]
+        options = self.settings["options"]
+        return [*argv, "--options", *options] if options else argv
 
     def collect(self) -> bool:
         """Copy the log of a complete run to the results, with what else was measured, and where."""
@@ -130,7 +131,9 @@ def list_runs(
     runs = []
     for seed in experiment.seeds:
         for arm_name, arm in experiment.arms.items():
-            options = {**experiment.options, **arm.options, "epochs": experiment.epochs}
+            options = {**experiment.options, **arm.options}
+            if experiment.epochs is not None:
+                options["epochs"] = experiment.epochs
             settings = {"program": arm.program, "config": arm.config, "seed": seed}
             settings["options"] = [*(f"{k}={v}" for k, v in options.items()), *more]
             place = f"{name}/{slug(arm_name)}/seed_{seed}"

@@ -101,16 +101,16 @@ def epochs_to_reach(values: Sequence[float], level: float) -> float:
     return math.inf
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation."""
     values = [v for v in values if not math.isnan(v)]
     if not values:
         return "-"
-    deviation = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{fmean(values):.3f}{deviation}"
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{deviation}"
 
 
-def interval(values: Sequence[float], form: str = "+.3f") -> str:
+def interval(values: Sequence[float], form: str) -> str:
     """The mean of paired differences and its 95% interval."""
     if not values or not all(map(math.isfinite, values)):
         return "-"
@@ -131,8 +131,8 @@ def table(experiment: Experiment, runs: Runs) -> str:
     titles = [figure.title for figure in figures]
     text = row("arm", "runs", *titles) + row(*["---"] * (2 + len(figures)))
     for arm, found in runs.items():
-        values = [[figure.value(lines) for lines in found.values()] for figure in figures]
-        text += row(arm, len(found), *map(spread, values))
+        cells = [spread([f.value(lines) for lines in found.values()], f.digits) for f in figures]
+        text += row(arm, len(found), *cells)
     pairs = [(name, arm.against) for name, arm in experiment.arms.items() if arm.against]
     if not pairs:
         return text
@@ -141,14 +141,16 @@ def table(experiment: Experiment, runs: Runs) -> str:
     for ours, other in pairs:
         seeds = sorted(runs[ours].keys() & runs[other].keys())
         both = [(runs[ours][seed], runs[other][seed]) for seed in seeds]
-        cells = [interval([f.value(a) - f.value(b) for a, b in both]) for f in figures]
+        cells = [
+            interval([f.value(a) - f.value(b) for a, b in both], f"+.{f.digits}f") for f in figures
+        ]
         first = figures[0]
         needed = [epochs_to_reach(first.by_epoch(a), first.value(b)) for a, b in both]
         missed = sum(map(math.isinf, needed))
         course = f"not reached in {missed} of {len(needed)}" if missed else "-"
         if needed and not missed:
-            share = fmean(needed) / experiment.epochs
-            course = f"{interval(needed, '.1f')} of {experiment.epochs} ({share:.0%})"
+            epochs = max(len(lines) for _, lines in both)
+            course = f"{interval(needed, '.1f')} of {epochs} ({fmean(needed) / epochs:.0%})"
         text += row(f"{ours} - {other}", *cells, course)
     return text
 
@@ -183,11 +185,14 @@ def write_results(name: str, experiment: Experiment, finished: Sequence[Run], fo
     runs = read_runs(experiment, finished)
     origins = [json.loads((run.results / "run.json").read_text()) for run in finished]
     made = {k: ", ".join(sorted({o[k] for o in origins})) for k in ("commit", "processor", "torch")}
+    lengths = {len(lines) for found in runs.values() for lines in found.values()}
+    epochs = " to ".join(map(str, sorted({min(lengths), max(lengths)})))
     text = f"## {experiment.title}\n\n{experiment.claim}\n\n{table(experiment, runs)}\n"
-    text += "![by epoch](curves.png)\n\n"
+    if experiment.drawn:
+        plot(experiment, runs, folder / "curves.png")
+        text += "![by epoch](curves.png)\n\n"
     text += f"`python tools/experiment.py {name}`, commit {made['commit']}, {made['processor']}, "
-    text += f"torch {made['torch']}; data `{experiment.data}`, {experiment.epochs} epochs.\n"
-    plot(experiment, runs, folder / "curves.png")
+    text += f"torch {made['torch']}; data `{experiment.data}`, {epochs} epochs.\n"
     (folder / "README.md").write_text(text)
     return text
 
