@@ -9,7 +9,7 @@ experiment = Experiment(
     title="Denoising halves the training: playing cards",
     claim=CLAIM,
     data="cards",
-    epochs=10,
+    epochs=8,
     arms=arms("toy/", deformable={"enc_layers": 2}),
     options={**IMAGENET, **SIZES, "log_matching": True, **CONSTANT_RATE},
     figures=figures(layers=3),

@@ -11,7 +11,7 @@ experiment = replace(
     of_toy,
     title="Denoising in other detectors: playing cards",
     data="cards",
-    epochs=10,
+    epochs=8,
     arms=arms(TOY_CONFIGS, {"Deformable DETR": {"enc_layers": 2}}),
     options={**IMAGENET, **SIZES},
 )

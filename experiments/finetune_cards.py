@@ -26,7 +26,7 @@ experiment = Experiment(
     title="Fine-tuning: playing cards",
     claim=CLAIM,
     data="cards",
-    epochs=10,
+    epochs=8,
     arms={
         "ImageNet backbone": Arm("toy/dino"),
         "ImageNet backbone, recipe": Arm("toy/dino", RECIPE, against="ImageNet backbone"),
@@ -40,6 +40,6 @@ experiment = Experiment(
         ),
     },
     # All epochs, so that the courses can be compared.
-    options={**IMAGENET, **SIZES, "onecyclelr": False, "lr_drop": 8, "patience": 0},
+    options={**IMAGENET, **SIZES, "onecyclelr": False, "lr_drop": 6, "patience": 0},
     figures=[Figure("AP", best(0)), Figure("AP50", best(1))],
 )
