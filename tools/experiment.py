@@ -96,11 +96,12 @@ class Run:
 
 
 def commit() -> str:
-    """The checkout's commit, with a + if files have changed since."""
+    """The checkout's commit, with a + if files other than results have changed since."""
     git = lambda *words: subprocess.run(
         ["git", *words], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    written = ":!results", ":!docs/RESULTS.md"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *written)
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
