@@ -1,6 +1,6 @@
 # make demo    install, make the toy data set, train a small model on it, draw what it detects
 # make test    install, run every test
-# make zoo     train a small model of every kind, and print what they reach: about an hour
+# make zoo     train a small model of every kind, and print what they reach
 # make evidence    run all comparisons of experiments/ that need no COCO: hours; see docs/RESULTS.md
 # make notebook    run notebooks/tour.ipynb as it is in the repository
 # make op      compile deformable attention, for the CPU and for CUDA where its toolkit is

@@ -4,7 +4,8 @@ from statistics import fmean
 
 from experiments import AP, AP50, FOLDER, Arm, Experiment, Figure, Toy, logged
 
-CONFIGS = sorted(path.stem for path in (FOLDER.parent / "configs/toy").glob("*.py"))
+CONFIGS = FOLDER.parent / "configs/toy"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "base")
 
 
 def minutes(line: dict) -> float:
@@ -20,7 +21,7 @@ experiment = Experiment(
     ),
     data=Toy(num_val=200),
     epochs=None,
-    arms={name: Arm(f"toy/{name}") for name in CONFIGS if name != "base"},
+    arms={name: Arm(f"toy/{name}") for name in NAMES},
     seeds=(0,),
     figures=[
         AP,
