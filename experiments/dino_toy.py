@@ -10,13 +10,19 @@ CLAIM = (
 
 
 def arms(config: str) -> dict[str, Arm]:
-    """DINO's config without its ideas, and then with one more in every arm."""
-    options = {"query_selection": "static", "contrastive": False, "look_forward_twice": False}
+    """DINO's config without its ideas, and then with one more in every arm. The noise of boxes is
+    DN-DETR's before contrastive denoising, and DINO's with it."""
+    options = {
+        "query_selection": "static",
+        "contrastive": False,
+        "dn_box_noise_scale": 0.4,
+        "look_forward_twice": False,
+    }
     steps = {
         "DN-Deformable-DETR": {},
         "+ pure selection": {"query_selection": "pure"},
         "+ mixed selection": {"query_selection": "mixed"},
-        "+ contrastive denoising": {"contrastive": True},
+        "+ contrastive denoising": {"contrastive": True, "dn_box_noise_scale": 1.0},
         "+ look forward twice (DINO)": {"look_forward_twice": True},
     }
     found: dict[str, Arm] = {}
@@ -30,7 +36,7 @@ experiment = Experiment(
     title="DINO's ablation: toy set",
     claim=CLAIM,
     data=TOY,
-    epochs=4,
+    epochs=10,
     arms=arms("toy/dino"),
     options={**TOY_SIZES, **IMAGENET, "save_results": True},
     figures=[AP, AP50, DUPLICATES],
