@@ -183,11 +183,13 @@ def amp(args: Args) -> Rows:
     """Mean losses of the toy DINO in each precision; the last ones must be close to fp32's."""
     from engine import train_steps
 
-    steps, group = (60, 10) if args.device == "cuda" else (1, 1)
+    on_gpu = args.device == "cuda"
+    steps, group = (60, 10) if on_gpu else (1, 1)
+    smaller = {} if on_gpu else {"batch_size": 2}  # fp16 is slow on CPUs
     sides = {"fp32": {}, "bf16": {"amp": True}, "fp16": {"amp": True, "amp_dtype": "fp16"}}
     losses = {}
     for name, options in sides.items():
-        state, criterion, batches = toy_training(args, TOY[0], steps, **options)
+        state, criterion, batches = toy_training(args, TOY[0], steps, **smaller, **options)
         taken = train_steps(state, state.model, criterion, batches)
         losses[name] = [step.stats["loss"] for step in taken]
     for i in range(0, steps, group):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest.mock import patch
 
@@ -49,6 +50,20 @@ def launch(processes: int, args: list[str], output: Path) -> subprocess.Popen:
     with open(output, "w") as file:
         streams = {"stdout": file, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, env=environment, **streams)
+
+
+def start_ranks(args: list[str], tmp_path: Path, *names: str) -> list[BaseProcess]:
+    """`main` in a new process for each name, which prints to `tmp_path / name`.txt."""
+    args = ["--world_size", str(len(names)), "--dist_url", f"file://{tmp_path}/ranks", *args]
+    ranks = enumerate(names)
+    return [start_main([*args, "--rank", str(i)], tmp_path / f"{name}.txt") for i, name in ranks]
+
+
+def statuses(ranks: list[BaseProcess]) -> list[int | None]:
+    """Those that the processes exit with."""
+    for process in ranks:
+        process.join(300)
+    return [process.exitcode for process in ranks]
 
 
 def run_both(pair: Pair, args: list[str], tmp_path: Path) -> None:
@@ -128,7 +143,8 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(
         elif processes == 2:
             run_both(pair, args, tmp_path)
         else:
-            run(processes, args, tmp_path / "output.txt")
+            ranks = start_ranks(args, tmp_path, "first", "second", "third")
+            assert statuses(ranks) == [0, 0, 0]
         metrics = json.loads((out / "eval.json").read_text())["test_coco_eval_bbox"]
         results.append((metrics, json.loads((out / "results.json").read_text())))
     assert results[0] == results[1] == results[2]
@@ -212,10 +228,8 @@ def test_processes_connect_without_torchrun(data: Path, tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    args = arguments(data, tmp_path / "out", 2, "--world_size", "2", "--dist_url", url)
-    commands = [[sys.executable, "main.py", *args, "--rank", str(rank)] for rank in range(2)]
-    processes = [subprocess.Popen(command) for command in commands]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    args = arguments(data, tmp_path / "out", 2, "--dist_url", url)
+    assert statuses(start_ranks(args, tmp_path, "first", "second")) == [0, 0]
     assert [line["epoch"] for line in read_log(tmp_path / "out")] == [0]
     assert len(read_checkpoint(tmp_path / "out" / "checkpoint.pth")["rng"]) == 2
 
@@ -326,24 +340,20 @@ def test_killed_process_stops_the_others(data: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_hung_process_stops_the_others(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 1, "--epochs", "100", "--dist_timeout", "0.15")
-    args += ["--world_size", "2", "--dist_url", f"file://{tmp_path}/store"]
-    outputs = [tmp_path / f"output{rank}.txt" for rank in range(2)]
-    ranks = enumerate(outputs)
-    first, second = [start_main([*args, "--rank", str(rank)], output) for rank, output in ranks]
-    wait_for_first_epoch(outputs[0], first.is_alive)
+    first, second = start_ranks(args, tmp_path, "first", "second")
+    wait_for_first_epoch(tmp_path / "first.txt", first.is_alive)
     os.kill(second.pid, signal.SIGSTOP)
     first.join(300)
     kill(second)
     assert first.exitcode == 1
-    assert "lost contact with another process, which died or hangs" in outputs[0].read_text()
+    printed = (tmp_path / "first.txt").read_text()
+    assert "lost contact with another process, which died or hangs" in printed
 
 
 def test_second_run_in_one_directory_is_rejected(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 1, "--epochs", "100")
-    outputs = tmp_path / "first.txt", tmp_path / "second.txt"
-    first = start_main(args, outputs[0])
-    wait_for_first_epoch(outputs[0], first.is_alive)
-    second = launch(2, args, outputs[1])
-    assert second.wait(300) != 0
-    kill(first)
-    assert "is in use by process" in outputs[1].read_text()
+    running = start_main(args, tmp_path / "running.txt")
+    wait_for_first_epoch(tmp_path / "running.txt", running.is_alive)
+    assert all(statuses(start_ranks(args, tmp_path, "first", "second")))
+    kill(running)
+    assert "is in use by process" in (tmp_path / "first.txt").read_text()
