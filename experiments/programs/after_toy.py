@@ -1,5 +1,6 @@
 """main.py, where TOY_TRAINED in the arguments stands for a checkpoint that is made first: of the
-same model and seed, trained on the toy set. It is next to the arms, which share it."""
+same model and seed, trained on the toy set, but for its backbone, which would forget what it knows
+of photos. It is next to the arms, which share it."""
 
 import dataclasses
 import fcntl
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = out.parents[1] / TOY_TRAINED.lower() / out.name
     place.mkdir(parents=True, exist_ok=True)
     flags = {"output_dir": place, "coco_path": place / "data", "epochs": EPOCHS, "onecyclelr": True}
+    flags["backbone_freeze_keywords"] = ["body"]
     flags |= {k: str(v) for k, v in TOY_SIZES.items()}
     toy_argv = [*argv, *(f"--{k}={v}" for k, v in flags.items())]  # the last ones count
     with open(place / "lock", "w") as lock:
