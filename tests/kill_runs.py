@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def start_main(argv: list[str], output: Path) -> BaseProcess:
     return process
 
 
+def start_ranks(argv: list[str], store: Path, outputs: Sequence[Path]) -> list[BaseProcess]:
+    """main.py in a process for each file to print to; several meet in the file `store`, unless argv
+    says where."""
+    together = ["--world_size", str(len(outputs)), "--dist_url", f"file://{store}"]
+    argv = [*together, *argv] if len(outputs) > 1 else argv
+    number = lambda rank: ["--rank", str(rank)] if len(outputs) > 1 else []
+    return [start_main([*argv, *number(i)], output) for i, output in enumerate(outputs)]
+
+
 def kill(process: BaseProcess) -> None:
     """With its data workers."""
     os.killpg(process.pid, signal.SIGKILL)
@@ -65,16 +75,13 @@ def kill(process: BaseProcess) -> None:
 def start(processes: int, data: Path, out: Path, epochs: int) -> list[BaseProcess]:
     """Start or resume a training."""
     out.mkdir(exist_ok=True)
-    store = f"file://{out / 'store'}{len(list(out.glob('output*')))}"
-    together = ["--world_size", str(processes), "--dist_url", store] if processes > 1 else []
-    paths = ["--coco_path", str(data), "--output_dir", str(out), "--resume", "auto"]
-    argv = [*MODEL, *paths, *together, "--epochs", str(epochs)]
-    started = []
-    for rank in range(processes):
-        output = out / f"output{len(list(out.glob('output*')))}.txt"
+    before = len(list(out.glob("output*")))
+    outputs = [out / f"output{before + rank}.txt" for rank in range(processes)]
+    for output in outputs:
         output.touch()
-        started.append(start_main([*argv, *(["--rank", str(rank)] if together else [])], output))
-    return started
+    paths = ["--coco_path", str(data), "--output_dir", str(out), "--resume", "auto"]
+    argv = [*MODEL, *paths, "--epochs", str(epochs)]
+    return start_ranks(argv, out / f"store{before}", outputs)
 
 
 def finish(processes: list[BaseProcess], out: Path) -> None:

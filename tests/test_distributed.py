@@ -30,7 +30,7 @@ from models.criterion import SetCriterion
 from models.errors import UserError
 from models.nested_tensor import nested_tensor_from_tensor_list
 from tests.conftest import SMALL, Pair, children_of, wait_for_first_epoch
-from tests.kill_runs import kill, start_main
+from tests.kill_runs import kill, start_main, start_ranks
 from tests.test_main import assert_same_state, read_log
 from train_state import TrainState
 from util.checkpoint import read_checkpoint
@@ -52,11 +52,9 @@ def launch(processes: int, args: list[str], output: Path) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, **streams)
 
 
-def start_ranks(args: list[str], tmp_path: Path, *names: str) -> list[BaseProcess]:
+def start_named(args: list[str], tmp_path: Path, *names: str) -> list[BaseProcess]:
     """`main` in a new process for each name, which prints to `tmp_path / name`.txt."""
-    args = ["--world_size", str(len(names)), "--dist_url", f"file://{tmp_path}/ranks", *args]
-    ranks = enumerate(names)
-    return [start_main([*args, "--rank", str(i)], tmp_path / f"{name}.txt") for i, name in ranks]
+    return start_ranks(args, tmp_path / "ranks", [tmp_path / f"{name}.txt" for name in names])
 
 
 def statuses(ranks: list[BaseProcess]) -> list[int | None]:
@@ -143,7 +141,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(
         elif processes == 2:
             run_both(pair, args, tmp_path)
         else:
-            ranks = start_ranks(args, tmp_path, "first", "second", "third")
+            ranks = start_named(args, tmp_path, "first", "second", "third")
             assert statuses(ranks) == [0, 0, 0]
         metrics = json.loads((out / "eval.json").read_text())["test_coco_eval_bbox"]
         results.append((metrics, json.loads((out / "results.json").read_text())))
@@ -229,7 +227,7 @@ def test_processes_connect_without_torchrun(data: Path, tmp_path: Path):
         free.bind(("127.0.0.1", 0))
         url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     args = arguments(data, tmp_path / "out", 2, "--dist_url", url)
-    assert statuses(start_ranks(args, tmp_path, "first", "second")) == [0, 0]
+    assert statuses(start_named(args, tmp_path, "first", "second")) == [0, 0]
     assert [line["epoch"] for line in read_log(tmp_path / "out")] == [0]
     assert len(read_checkpoint(tmp_path / "out" / "checkpoint.pth")["rng"]) == 2
 
@@ -340,7 +338,7 @@ def test_killed_process_stops_the_others(data: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_hung_process_stops_the_others(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 1, "--epochs", "100", "--dist_timeout", "0.15")
-    first, second = start_ranks(args, tmp_path, "first", "second")
+    first, second = start_named(args, tmp_path, "first", "second")
     wait_for_first_epoch(tmp_path / "first.txt", first.is_alive)
     os.kill(second.pid, signal.SIGSTOP)
     first.join(300)
@@ -354,6 +352,7 @@ def test_second_run_in_one_directory_is_rejected(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "out", 1, "--epochs", "100")
     running = start_main(args, tmp_path / "running.txt")
     wait_for_first_epoch(tmp_path / "running.txt", running.is_alive)
-    assert all(statuses(start_ranks(args, tmp_path, "first", "second")))
+    found = statuses(start_named(args, tmp_path, "first", "second"))
     kill(running)
+    assert all(found)
     assert "is in use by process" in (tmp_path / "first.txt").read_text()

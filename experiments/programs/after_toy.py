@@ -22,8 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = out.parents[1] / TOY_TRAINED.lower() / out.name
     place.mkdir(parents=True, exist_ok=True)
     flags = {"output_dir": place, "coco_path": place / "data", "epochs": EPOCHS, "onecyclelr": True}
-    flags["backbone_freeze_keywords"] = ["body"]
-    flags |= {k: str(v) for k, v in TOY_SIZES.items()}
+    flags |= {"backbone_freeze_keywords": ["body"], **TOY_SIZES}
     toy_argv = [*argv, *(f"--{k}={v}" for k, v in flags.items())]  # the last ones count
     with open(place / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
