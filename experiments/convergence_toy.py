@@ -1,20 +1,6 @@
 """DN-DETR, figure 1 and section 3, on the toy set: denoising halves the training."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from experiments import (
-    AP,
-    AP50,
-    IMAGENET,
-    TOY,
-    TOY_DEFORMABLE,
-    TOY_SIZES,
-    Arm,
-    Experiment,
-    Figure,
-    by_layer,
-)
+from experiments import AP, AP50, IMAGENET, TOY, TOY_SIZES, Arm, Experiment, Figure, by_layer
 
 CLAIM = (
     "DN-DETR (figure 1): with denoising, a detector reaches the final AP that it has without after "
@@ -23,22 +9,15 @@ CLAIM = (
 )
 
 
-def arms(
-    place: str = "",
-    suffix: str = "",
-    dense: Mapping[str, Any] = {},
-    deformable: Mapping[str, Any] = {},
-) -> dict[str, Arm]:
+def arms(place: str = "", suffix: str = "") -> dict[str, Arm]:
     """A dense and a deformable detector, each without and with denoising; their config files are
-    those in `place` with this suffix. `dense`, `deformable`: options of these."""
+    those in `place` with this suffix."""
     name = lambda model: f"{place}{model}{suffix}"
     return {
-        "DAB-DETR": Arm(name("dab_detr"), dense),
-        "DN-DETR": Arm(name("dn_dab_detr"), dense, against="DAB-DETR"),
-        "DAB-Deformable-DETR": Arm(name("dab_deformable_detr"), deformable),
-        "DN-Deformable-DETR": Arm(
-            name("dn_dab_deformable_detr"), deformable, against="DAB-Deformable-DETR"
-        ),
+        "DAB-DETR": Arm(name("dab_detr")),
+        "DN-DETR": Arm(name("dn_dab_detr"), against="DAB-DETR"),
+        "DAB-Deformable-DETR": Arm(name("dab_deformable_detr")),
+        "DN-Deformable-DETR": Arm(name("dn_dab_deformable_detr"), against="DAB-Deformable-DETR"),
     }
 
 
@@ -59,7 +38,7 @@ experiment = Experiment(
     claim=CLAIM,
     data=TOY,
     epochs=6,
-    arms=arms("toy/", deformable=TOY_DEFORMABLE),
+    arms=arms("toy/"),
     options={**TOY_SIZES, **IMAGENET, "log_matching": True, **CONSTANT_RATE},
     figures=figures(layers=3),
 )

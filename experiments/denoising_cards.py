@@ -12,6 +12,6 @@ experiment = replace(
     title="Denoising in other detectors: playing cards",
     data="cards",
     epochs=8,
-    arms=arms(TOY_CONFIGS, {"Deformable DETR": {"enc_layers": 2}}),
+    arms=arms(TOY_CONFIGS),
     options={**IMAGENET, **SIZES},
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from experiments import IMAGENET, TOY, TOY_DEFORMABLE, TOY_SIZES, Arm, Experiment
+from experiments import IMAGENET, TOY, TOY_SIZES, Arm, Experiment
 
 CLAIM = (
     "DN-DETR, extended version: denoising trains other detectors better, too: DETR, Anchor DETR, "
@@ -37,6 +37,6 @@ experiment = Experiment(
     claim=CLAIM,
     data=TOY,
     epochs=6,
-    arms=arms(TOY_CONFIGS, {"Deformable DETR": TOY_DEFORMABLE, "Faster R-CNN": TWICE}),
+    arms=arms(TOY_CONFIGS, {"Faster R-CNN": TWICE}),
     options={**TOY_SIZES, **IMAGENET},
 )

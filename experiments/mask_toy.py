@@ -1,16 +1,6 @@
 """What the mask between denoising groups and matching queries is for, on the toy set."""
 
-from experiments import (
-    AP,
-    AP50,
-    IMAGENET,
-    TOY,
-    TOY_DEFORMABLE,
-    TOY_SIZES,
-    TRAINING_LOSS,
-    Arm,
-    Experiment,
-)
+from experiments import AP, AP50, IMAGENET, TOY, TOY_SIZES, TRAINING_LOSS, Arm, Experiment
 
 CLAIM = (
     "DN-DETR (section 4): without the mask, matching queries copy the answer from the denoising "
@@ -29,7 +19,7 @@ experiment = Experiment(
     data=TOY,
     epochs=4,
     arms=arms("toy/dn_dab_deformable_detr"),
-    options={**TOY_SIZES, **IMAGENET, **TOY_DEFORMABLE},
+    options={**TOY_SIZES, **IMAGENET},
     figures=[AP, AP50, TRAINING_LOSS],
     drawn=["AP", "training loss"],
 )

@@ -1,6 +1,6 @@
 """DN-DETR's ablations, on the toy set: groups, box noise, label noise."""
 
-from experiments import IMAGENET, TOY, TOY_DEFORMABLE, TOY_SIZES, Arm, Experiment
+from experiments import IMAGENET, TOY, TOY_SIZES, Arm, Experiment
 
 CLAIM = (
     "DN-DETR (ablations): several denoising groups are better than one, moderate noise is better "
@@ -33,5 +33,5 @@ experiment = Experiment(
     data=TOY,
     epochs=4,
     arms=arms("toy/dn_dab_deformable_detr"),
-    options={**TOY_SIZES, **IMAGENET, **TOY_DEFORMABLE},
+    options={**TOY_SIZES, **IMAGENET},
 )

@@ -25,7 +25,7 @@ experiment = Experiment(
     data=TOY,
     epochs=6,
     arms=arms("toy/dn_dab_deformable_detr", RATES, backbone=1),
-    options={**TOY_SIZES, "batch_size": 8, "enc_layers": 2},
+    options=TOY_SIZES,
     seeds=(0,),
     figures=[AP, AP50],
 )

@@ -5,7 +5,7 @@ from statistics import fmean
 from experiments import AP, AP50, FOLDER, Arm, Experiment, Figure, Toy, logged
 
 CONFIGS = FOLDER.parent / "configs/toy"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "base")
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("base"))
 
 
 def minutes(line: dict) -> float:

@@ -1,5 +1,3 @@
 """A small DINO as in DN-DETR's code, for the toy data set."""
 
-_base_ = ["../dn_dab_dino_deformable_detr_r50.py", "base.py"]
-
-num_feature_levels = 3
+_base_ = ["../dn_dab_dino_deformable_detr_r50.py", "base_deformable.py"]
