@@ -89,8 +89,6 @@ class TrainState:
         self.cfg, self.model, self.class_map = cfg, model, class_map
         self.epoch_length = epoch_length
         self.device = next(model.parameters()).device
-        if self.device.type == "cpu":  # makes convolutions 10 to 20% faster
-            model.image_backbone.to(memory_format=torch.channels_last)
         if cfg.compile:
             model.compile_parts()
         self.ema: ModelEma | None = None

@@ -65,7 +65,7 @@ class Trainer:
             logger.warning("batch_norm_type: without pretrained weights, BatchNorm2d learns better")
         model, self.criterion, self.postprocess = build_model(cfg)
         epoch_length = len(self.train_loader) // cfg.accumulate
-        self.state = TrainState(cfg, model.to(device), train_set.class_map, epoch_length)
+        self.state = TrainState(cfg, model.place(device), train_set.class_map, epoch_length)
         self.state.begin(checkpoint, source)
         self.parallel: nn.Module = model
         if world_size() > 1:
@@ -287,7 +287,7 @@ def evaluate_only(cfg: Config, device: torch.device) -> None:
     dataset = build_dataset(cfg, "test" if cfg.test else "val", class_map_of(checkpoint, cfg))
     cfg = dataclasses.replace(cfg, num_classes=dataset.class_map.num_classes)
     model, criterion, postprocess = build_model(cfg)
-    state = TrainState(cfg, model.to(device), dataset.class_map)
+    state = TrainState(cfg, model.place(device), dataset.class_map)
     state.load(checkpoint, source)
     if cfg.use_ema and state.ema is None:
         logger.warning("use_ema: %s contains no averaged weights (ema_model)", source)

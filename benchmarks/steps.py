@@ -25,7 +25,7 @@ def make_step(
     seed_everything(cfg.seed)
     model, criterion, postprocess = build_model(cfg)
     classes = ClassMap.identity([{"id": i} for i in range(cfg.num_labels)], cfg.num_labels)
-    state = TrainState(cfg, model.to(device), classes)
+    state = TrainState(cfg, model.place(device), classes)
     num_images = cfg.batch_size if mode == "train" else cfg.eval_batch_size
     images, targets = random_batch(num_images, size, num_objects, cfg.num_labels)
     batch = nested_tensor_from_tensor_list(images), targets

@@ -164,7 +164,7 @@ def load_detector(
     options = DetectorOptions.of(dict(values) | found)
     model, _, postprocess = build_model(options)
     load_weights(model, checkpoint["ema_model"] if ema else checkpoint, source=str(path))
-    model.to(device).eval()
+    model.place(device).eval()
     if compile:
         model.compile_parts()
     size = max(values.get("data_aug_scales", [Predictor.size]))
