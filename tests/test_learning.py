@@ -16,14 +16,14 @@ from util.config import load_config
 
 ROUNDS, STEPS = 8, 100
 REST = [
-    *("detr", "dn_detr", "anchor_detr", "dn_anchor_detr", "deformable_detr", "dn_deformable_detr"),
+    *("detr", "dn_detr", "dn_dab_detr", "anchor_detr", "dn_anchor_detr", "deformable_detr"),
     *("faster_rcnn", "dn_faster_rcnn", "dab_detr --masks"),
 ]
 marked = lambda names: [pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dn_dab_detr", *marked(REST)])
+@pytest.mark.parametrize("name", ["dn_deformable_detr", *marked(REST)])
 def test_overfits_eight_images(name: str, tmp_path: Path):
     # The validation split, as its images are not augmented.
     root = make_toy_coco(tmp_path, num_train=0, num_val=8, size=96)
