@@ -57,6 +57,10 @@ IMAGENET = {
     "cls_loss_coef": 1.0,
 }
 
+# For courses over the epochs: what a rate's fall at the end adds would count as the last epochs'
+# progress.
+CONSTANT_RATE = {"onecyclelr": False, "lr_drop": 1000}
+
 
 @dataclass(frozen=True)
 class Figure:

@@ -1,7 +1,7 @@
 """DN-DETR, figure 1 and section 3, on 296 photos of playing cards."""
 
-from experiments import IMAGENET, Experiment
-from experiments.convergence_toy import CLAIM, CONSTANT_RATE, arms, figures
+from experiments import CONSTANT_RATE, IMAGENET, Experiment
+from experiments.convergence_toy import CLAIM, arms, figures
 
 SIZES = {"data_aug_scales": [144, 160, 176], "data_aug_max_size": 256}
 

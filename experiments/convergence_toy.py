@@ -1,6 +1,17 @@
 """DN-DETR, figure 1 and section 3, on the toy set: denoising halves the training."""
 
-from experiments import AP, AP50, IMAGENET, TOY, TOY_SIZES, Arm, Experiment, Figure, by_layer
+from experiments import (
+    AP,
+    AP50,
+    CONSTANT_RATE,
+    IMAGENET,
+    TOY,
+    TOY_SIZES,
+    Arm,
+    Experiment,
+    Figure,
+    by_layer,
+)
 
 CLAIM = (
     "DN-DETR (figure 1): with denoising, a detector reaches the final AP that it has without after "
@@ -29,9 +40,6 @@ def figures(layers: int) -> list[Figure]:
         *by_layer("anchor distance", "test_anchor_distance", layers),
     ]
 
-
-# With a rate that falls at the end, what the fall adds would count as the last epochs' progress.
-CONSTANT_RATE = {"onecyclelr": False, "lr_drop": 1000}
 
 experiment = Experiment(
     title="Denoising halves the training: toy set",

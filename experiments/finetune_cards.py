@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from experiments import IMAGENET, Arm, Experiment, Figure
+from experiments import CONSTANT_RATE, IMAGENET, Arm, Experiment, Figure
 from experiments.convergence_cards import SIZES
-from experiments.convergence_toy import CONSTANT_RATE
 
 CLAIM = (
     "With few images, --finetune's warm-up and average of the weights raise the AP, whether a "

@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from experiments import AP, AP50, AP_OF_AVERAGE, Experiment, Figure
-from experiments.convergence_toy import CONSTANT_RATE
+from experiments import AP, AP50, AP_OF_AVERAGE, CONSTANT_RATE, Experiment, Figure
 from experiments.optimizer_rates_toy import arms
 from experiments.optimizer_rates_toy import experiment as tuning
 

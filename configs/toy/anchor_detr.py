@@ -3,5 +3,4 @@
 _base_ = ["../anchor_detr_r50.py", "base.py"]
 
 return_interm_indices = [2]  # stride 16
-enc_layers = 1
 epochs = 6

@@ -4,7 +4,6 @@ _base_ = "base.py"
 
 modelname = "dab_detr"
 return_interm_indices = [2]  # stride 16
-enc_layers = 1
 pe_temperatureH = 2
 pe_temperatureW = 2
 epochs = 6

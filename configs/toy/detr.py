@@ -4,7 +4,6 @@ _base_ = "base.py"
 
 modelname = "detr"
 return_interm_indices = [2]  # stride 16
-enc_layers = 1
 set_cost_class = 1
 cls_loss_coef = 1
 epochs = 6
