@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A single-node Slurm cluster for tests: slurm_cluster.sh start|stop DIRECTORY
 #
-# Settings, state and logs are in DIRECTORY; set SLURM_CONF=DIRECTORY/slurm.conf to use it.
+# Settings, state and logs are in DIRECTORY; set SLURM_CONF=DIRECTORY/slurm.conf to use it. Its ports
+# are free ones, so that a machine can have several.
 # Needs root and the Debian packages slurmctld, slurmd, slurm-client and munge.
 set -euo pipefail
 dir=$(realpath -m "$2")
@@ -12,6 +13,12 @@ stop() {
             kill "$(cat "$dir/$name.pid")" 2>/dev/null || true
         fi
     done
+}
+
+free_ports() {
+    python3 -c 'import socket
+sockets = [socket.create_server(("", 0)) for _ in range(2)]
+print(*[s.getsockname()[1] for s in sockets])'
 }
 
 if [ "$1" = stop ]; then
@@ -27,6 +34,7 @@ chmod 600 "$dir/munge.key"
 munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" \
     --pid-file="$dir/munged.pid" --log-file="$dir/munged.log" --seed-file="$dir/munge.seed"
 
+read -r controller_port node_port < <(free_ports)
 cat >"$dir/slurm.conf" <<EOF
 ClusterName=test
 SlurmctldHost=$(hostname -s)(127.0.0.1)
@@ -34,8 +42,8 @@ SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket=$dir/munge.socket
 CryptoType=crypto/munge
-SlurmctldPort=16817
-SlurmdPort=16818
+SlurmctldPort=$controller_port
+SlurmdPort=$node_port
 SlurmctldPidFile=$dir/slurmctld.pid
 SlurmdPidFile=$dir/slurmd.pid
 SlurmctldLogFile=$dir/slurmctld.log
