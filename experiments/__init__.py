@@ -102,6 +102,7 @@ def by_layer(title: str, key: str, layers: int) -> list[Figure]:
 AP = logged("AP", "test_coco_eval_bbox", 0)
 AP50 = logged("AP50", "test_coco_eval_bbox", 1)
 AP_OF_AVERAGE = logged("AP of the averaged weights", "ema_test_coco_eval_bbox", 0)
+GAIN_BY_AVERAGING = Figure("gain by averaging", lambda line: AP_OF_AVERAGE.of(line) - AP.of(line))
 TRAINING_LOSS = logged("training loss", "train_loss")
 DUPLICATES = logged("duplicates per object", "duplicates")
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from experiments import CONSTANT_RATE, IMAGENET, Arm, Experiment, Figure
+from experiments import CONSTANT_RATE, GAIN_BY_AVERAGING, IMAGENET, Arm, Experiment, Figure
 from experiments.convergence_cards import SIZES
 
 CLAIM = (
@@ -46,5 +46,6 @@ experiment = Experiment(
         Figure("AP", of_average(0)),
         Figure("AP50", of_average(1)),
         Figure("AP in the first epoch", of_average(0), lambda values: values[0]),
+        GAIN_BY_AVERAGING,
     ],
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from experiments import AP, AP50, AP_OF_AVERAGE, CONSTANT_RATE, Experiment, Figure
+from experiments import AP, AP50, AP_OF_AVERAGE, CONSTANT_RATE, GAIN_BY_AVERAGING, Experiment
 from experiments.optimizer_rates_toy import arms
 from experiments.optimizer_rates_toy import experiment as tuning
 
@@ -12,7 +12,6 @@ CLAIM = (
     "average of the weights has a higher AP than the weights."
 )
 BEST = {"adamw": 1e-3, "muon": 9e-4}
-GAIN = Figure("gain by averaging", lambda line: AP_OF_AVERAGE.of(line) - AP.of(line))
 
 adamw, muon = arms("toy/dn_dab_deformable_detr", {k: [v] for k, v in BEST.items()}, 1).values()
 
@@ -30,6 +29,6 @@ experiment = Experiment(
     },
     options={**tuning.options, "use_ema": True, "ema_decay": 0.99},
     seeds=(1, 2, 3),
-    figures=[AP, AP50, AP_OF_AVERAGE, GAIN],
+    figures=[AP, AP50, AP_OF_AVERAGE, GAIN_BY_AVERAGING],
     drawn=["AP", "AP of the averaged weights"],
 )
