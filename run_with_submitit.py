@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import submitit
+import torch
 
 from models.cli import Parser
 from models.errors import UserError
@@ -44,7 +45,8 @@ class Job(submitit.helpers.Checkpointable):
             "MASTER_ADDR": task.hostnames[0],
             "MASTER_PORT": str(20000 + int(task.raw_job_id) % 20000),
         }
-        os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+        if "OMP_NUM_THREADS" not in os.environ:  # which is too late to set: torch is imported
+            torch.set_num_threads(int(os.environ.get("SLURM_CPUS_PER_TASK", "1")))
         sys.path.insert(0, ROOT)
         main = importlib.import_module(self.program).main
         status = main([*self.argv, "--output_dir", self.output_dir or str(task.paths.folder)])
