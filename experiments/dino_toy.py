@@ -4,8 +4,9 @@ from experiments import AP, AP50, DUPLICATES, IMAGENET, TOY, TOY_SIZES, Arm, Exp
 
 CLAIM = (
     "DINO (table 4): pure query selection, then mixed selection, contrastive denoising and look "
-    "forward twice each raise the AP of DN-Deformable-DETR. Section 3.2: contrastive denoising "
-    "suppresses duplicates, detections of an object beside its best one."
+    "forward twice each raise the AP of DN-Deformable-DETR, on COCO by 0.016, 0.005, 0.005 and "
+    "0.004. Section 3.2: contrastive denoising suppresses duplicates, detections of an object "
+    "beside its best one."
 )
 
 
