@@ -15,8 +15,9 @@ from experiments import (
 
 CLAIM = (
     "DN-DETR (figure 1): with denoising, a detector reaches the final AP that it has without after "
-    "half of the epochs. Section 3: the matching of queries to objects changes less from epoch to "
-    "epoch, and anchors are closer to the objects that they are matched to."
+    "half of the epochs; on COCO, 0.444 after 25 epochs and 0.445 after 50, deformable 0.468 and "
+    "0.469. Section 3: the matching of queries to objects changes less from epoch to epoch, and "
+    "anchors are closer to the objects that they are matched to."
 )
 
 

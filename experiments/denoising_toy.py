@@ -6,8 +6,9 @@ from typing import Any
 from experiments import IMAGENET, TOY, TOY_SIZES, Arm, Experiment
 
 CLAIM = (
-    "DN-DETR, extended version: denoising trains other detectors better, too: DETR, Anchor DETR, "
-    "Deformable DETR and Faster R-CNN."
+    "DN-DETR, extended version (table 3): denoising trains other detectors better, too: on COCO it "
+    "adds 0.020 to DETR after 300 epochs, 0.012 to Anchor DETR and 0.005 to Faster R-CNN after 12. "
+    "Deformable DETR is there only with DAB-DETR's anchors (+0.017 after 50)."
 )
 
 

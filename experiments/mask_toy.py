@@ -4,7 +4,8 @@ from experiments import AP, AP50, IMAGENET, TOY, TOY_SIZES, TRAINING_LOSS, Arm, 
 
 CLAIM = (
     "DN-DETR (section 4): without the mask, matching queries copy the answer from the denoising "
-    "queries. The training loss falls, and the AP, measured without denoising queries, collapses."
+    "queries. The training loss falls, and the AP, measured without denoising queries, collapses, "
+    "on COCO from 0.434 to 0.240."
 )
 
 

@@ -3,8 +3,9 @@
 from experiments import IMAGENET, TOY, TOY_SIZES, Arm, Experiment
 
 CLAIM = (
-    "DN-DETR (ablations): several denoising groups are better than one, moderate noise is better "
-    "than none or much. Its models have five groups, box noise 0.4 and label noise 0.2."
+    "DN-DETR (ablations): several denoising groups are better than one, on COCO 0.441 and 0.434 "
+    "with five and one; moderate noise is better than none or much. Its models have five groups, "
+    "box noise 0.4 and label noise 0.2."
 )
 # The published settings, and what one arm after the other changes.
 PUBLISHED = {"dn_number": 5, "dn_box_noise_scale": 0.4, "dn_label_noise_ratio": 0.2}

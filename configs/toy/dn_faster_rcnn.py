@@ -4,3 +4,4 @@ _base_ = "faster_rcnn.py"
 
 modelname = "dn_faster_rcnn"
 use_dn = True
+dn_number = 10
