@@ -8,6 +8,14 @@ set -euo pipefail
 dir=$(realpath -m "$2")
 
 stop() {
+    # Jobs first: without the daemons they would run on.
+    export SLURM_CONF="$dir/slurm.conf"
+    scancel --full --signal=KILL --user=root || true
+    scancel --user=root || true
+    for _ in $(seq 50); do
+        [ -z "$(squeue --noheader 2>/dev/null)" ] && break
+        sleep 0.2
+    done
     for name in slurmd slurmctld munged; do
         if [ -f "$dir/$name.pid" ]; then
             kill "$(cat "$dir/$name.pid")" 2>/dev/null || true
