@@ -182,7 +182,7 @@ def test_every_parameter_gets_a_finite_gradient(counts: tuple[int, ...], noise: 
     model, criterion, _ = small_model(dn_box_noise_scale=noise)
     targets = make_targets(*counts)
     losses, regions, _ = denoised(model, targets)
-    assert (len(regions) < 5 * sum(counts)) == (noise > 1 and sum(counts) > 0)
+    assert (len(regions) < 10 * sum(counts)) == (noise > 1 and sum(counts) > 0)
     sum(losses[k] * w for k, w in criterion.weight_dict.items()).backward()
     assert [k for k, p in model.named_parameters() if p.grad is None] == []
     assert all(p.grad.isfinite().all() for p in model.parameters())
