@@ -8,7 +8,7 @@ set -euo pipefail
 dir=$(realpath -m "$2")
 
 stop() {
-    # Jobs first: without the daemons they would run on.
+    # Jobs first, the running, then the waiting ones: without the daemons they would run on.
     export SLURM_CONF="$dir/slurm.conf"
     scancel --full --signal=KILL --user=root || true
     scancel --user=root || true
