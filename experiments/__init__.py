@@ -110,10 +110,11 @@ DUPLICATES = logged("duplicates per object", "duplicates")
 @dataclass(frozen=True)
 class Experiment:
     """`claim`: what is to be shown, and whose claim it is. `data`: a toy data set, or the directory
-    of one in COCO's layout below the tool's --data. `epochs`: None for those of every arm's config.
-    `options`: of every arm. The first of `figures` is the one whose course decides how many epochs
-    an arm needs for the final value of the arm that it is compared with. `drawn`: titles of the
-    figures to plot by epoch. `processes`: GPUs of each run, at full size."""
+    of one in COCO's layout below the tool's --data. `epochs`: of the arms whose own options name
+    none; None for those of every arm's config. `options`: of every arm. The first of `figures` is
+    the one whose course decides how many epochs an arm needs for the final value of the arm that it
+    is compared with. `drawn`: titles of the figures to plot by epoch. `processes`: GPUs of each
+    run, at full size."""
 
     title: str
     claim: str

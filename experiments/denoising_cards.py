@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from experiments import IMAGENET
 from experiments.convergence_cards import SIZES
-from experiments.denoising_toy import TOY_CONFIGS, arms
+from experiments.denoising_toy import CLASS_WEIGHT, TOY_CONFIGS, arms
 from experiments.denoising_toy import experiment as of_toy
 
 experiment = replace(
@@ -12,6 +12,6 @@ experiment = replace(
     title="Denoising in other detectors: playing cards",
     data="cards",
     epochs=8,
-    arms=arms(TOY_CONFIGS),
-    options={**IMAGENET, **SIZES},
+    arms=arms(TOY_CONFIGS, {"DETR": {"epochs": 24}, "Faster R-CNN": {"cls_loss_coef": 1.0}}),
+    options={**IMAGENET, **SIZES, **CLASS_WEIGHT},
 )

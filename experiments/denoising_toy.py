@@ -30,6 +30,8 @@ TOY_CONFIGS = {
     "Deformable DETR": "toy/deformable_detr",
     "Faster R-CNN": "toy/faster_rcnn",
 }
+# With the published weight of 1, DETR learns no class in as few steps as these.
+CLASS_WEIGHT = {"cls_loss_coef": 5.0}
 # Faster R-CNN's smallest anchors have 32 pixels.
 TWICE = {"data_aug_scales": [144, 168, 192], "data_aug_max_size": 192}
 
@@ -38,6 +40,8 @@ experiment = Experiment(
     claim=CLAIM,
     data=TOY,
     epochs=6,
-    arms=arms(TOY_CONFIGS, {"Faster R-CNN": TWICE}),
-    options={**TOY_SIZES, **IMAGENET},
+    arms=arms(
+        TOY_CONFIGS, {"DETR": {"epochs": 12}, "Faster R-CNN": {**TWICE, "cls_loss_coef": 1.0}}
+    ),
+    options={**TOY_SIZES, **IMAGENET, **CLASS_WEIGHT},
 )

@@ -59,7 +59,8 @@ def test_descriptions_are_valid(name: str, tmp_path: Path):
     assert len(set(titles)) == len(titles) and described.claim.endswith(".")
     for run in tool.list_runs(name, described, tmp_path, [], tmp_path):
         cfg = parse_command_line(run.prepare())
-        assert cfg.epochs == described.epochs or described.epochs is None
+        expected = described.arms[run.arm].options.get("epochs", described.epochs)
+        assert cfg.epochs == expected or expected is None
 
 
 @pytest.mark.parametrize("name", [name for name in names() if load(name).data == "coco"])

@@ -134,7 +134,7 @@ def list_runs(
         for arm_name, arm in experiment.arms.items():
             options = {**experiment.options, **arm.options}
             if experiment.epochs is not None:
-                options["epochs"] = experiment.epochs
+                options.setdefault("epochs", experiment.epochs)
             settings = {"program": arm.program, "config": arm.config, "seed": seed}
             settings["options"] = [*(f"{k}={v}" for k, v in options.items()), *more]
             place = f"{name}/{slug(arm_name)}/seed_{seed}"
