@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
@@ -178,6 +178,11 @@ def plot(experiment: Experiment, runs: Runs, path: Path) -> None:
     image.savefig(path, dpi=90)
 
 
+def extent(numbers: Collection[int]) -> str:
+    """`3`, or `3 to 5` if they differ."""
+    return " to ".join(map(str, sorted({min(numbers), max(numbers)})))
+
+
 def write_results(name: str, experiment: Experiment, finished: Sequence[Run], folder: Path) -> str:
     """Write results/NAME/README.md and curves.png; returns the page's text."""
     if not finished:
@@ -185,8 +190,7 @@ def write_results(name: str, experiment: Experiment, finished: Sequence[Run], fo
     runs = read_runs(experiment, finished)
     origins = [json.loads((run.results / "run.json").read_text()) for run in finished]
     made = {k: ", ".join(sorted({o[k] for o in origins})) for k in ("commit", "processor", "torch")}
-    lengths = {len(lines) for found in runs.values() for lines in found.values()}
-    epochs = " to ".join(map(str, sorted({min(lengths), max(lengths)})))
+    epochs = extent({len(lines) for found in runs.values() for lines in found.values()})
     text = f"## {experiment.title}\n\n{experiment.claim}\n\n{table(experiment, runs)}\n"
     if experiment.drawn:
         plot(experiment, runs, folder / "curves.png")
@@ -207,7 +211,9 @@ def write_page(root: Path) -> None:
             text += "\n" + path.read_text().replace("(curves.png)", plot)
         elif (experiment := load(name)).data == "coco":
             runs = len(experiment.arms) * len(experiment.seeds)
-            waiting += row(f"`{name}`: {experiment.title}", runs, experiment.epochs)
+            arms = experiment.arms.values()
+            epochs = extent({arm.options.get("epochs", experiment.epochs) for arm in arms})
+            waiting += row(f"`{name}`: {experiment.title}", runs, epochs)
     page = root / "docs/RESULTS.md"
     page.parent.mkdir(exist_ok=True)
     page.write_text(text + (WAITING + waiting if waiting else ""))
