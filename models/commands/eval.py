@@ -1,4 +1,5 @@
-"""Evaluate a checkpoint on a data set in COCO's format: COCO's 12 figures, as `main.py --eval`.
+"""Evaluate a checkpoint on a data set in COCO's format: COCO's 12 figures of boxes. `main.py
+--eval` prints the same, and with `--masks` those of masks.
 
 Example:
   dn-dino eval checkpoint.pth --coco_path COCO
