@@ -82,7 +82,7 @@ def test_a_killed_comparison_goes_on(tmp_path: Path):
     first = results / "with_the_mask/seed_0/log.txt"
     second = tmp_path / "outputs/experiments/mask_toy/without_the_mask/seed_0/log.txt"
     end = time.monotonic() + 200
-    while not second.exists():
+    while not (second.exists() and second.read_text()):  # created before its first line
         assert tool_process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
     os.killpg(tool_process.pid, signal.SIGKILL)
