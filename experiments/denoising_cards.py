@@ -12,6 +12,8 @@ experiment = replace(
     title="Denoising in other detectors: playing cards",
     data="cards",
     epochs=8,
-    arms=arms(TOY_CONFIGS, {"DETR": {"epochs": 24}, "Faster R-CNN": {"cls_loss_coef": 1.0}}),
+    arms=arms(
+        TOY_CONFIGS, {"DETR": {"epochs": 24}, "Faster R-CNN": {"cls_loss_coef": 1.0, "epochs": 4}}
+    ),
     options={**IMAGENET, **SIZES, **CLASS_WEIGHT},
 )
