@@ -13,7 +13,7 @@ experiment = replace(
     data="cards",
     epochs=8,
     arms=arms(
-        TOY_CONFIGS, {"DETR": {"epochs": 24}, "Faster R-CNN": {"cls_loss_coef": 1.0, "epochs": 4}}
+        TOY_CONFIGS, {"DETR": {"epochs": 12}, "Faster R-CNN": {"cls_loss_coef": 1.0, "epochs": 4}}
     ),
     options={**IMAGENET, **SIZES, **CLASS_WEIGHT},
 )
