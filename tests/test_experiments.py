@@ -227,5 +227,8 @@ def test_runs_get_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch):
     assert places(5, None, 2) == visible("0,1", "2,3")
     assert places(4, 1, 2) == visible("0,1")
     monkeypatch.setattr(tool.os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert places(0, None, 1) == 6 * [{"OMP_NUM_THREADS": "1"}]
     assert places(0, 2, 1) == 2 * [{"OMP_NUM_THREADS": "3"}]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert places(0, None, 1) == 6 * [{"OMP_NUM_THREADS": "2"}]

@@ -144,14 +144,17 @@ def list_runs(
 
 
 def free_places(jobs: int | None, processes: int) -> SimpleQueue[dict[str, str]]:
-    """The environment of each of the runs that go at a time: GPUs of their own, or a share of the
-    cores. By default as many as there are GPUs for, or cores."""
+    """The environment of each of the runs that go at a time: GPUs of their own, or as many threads
+    as OMP_NUM_THREADS says, by default a share of the cores. By default as many as there are GPUs
+    for, or cores."""
     gpus = range(0, torch.cuda.device_count() - processes + 1, processes)
     names = [",".join(map(str, range(first, first + processes))) for first in gpus][:jobs]
     places = [{"CUDA_VISIBLE_DEVICES": name} for name in names]
     if not places:
         cores = os.cpu_count() or 1
-        places = [{"OMP_NUM_THREADS": str(max(cores // (jobs or cores), 1))}] * (jobs or cores)
+        share = str(max(cores // (jobs or cores), 1))
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", share)}
+        places = [threads] * (jobs or cores)
     queue: SimpleQueue[dict[str, str]] = SimpleQueue()
     for place in places:
         queue.put(place)
