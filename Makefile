@@ -1,5 +1,6 @@
 # make demo    install, make the toy data set, train a small model on it, draw what it detects
-# make test    install, run every test
+# make test    install, run every test but the longest
+# make test-full   run the longest
 # make zoo     train a small model of every kind, and print what they reach
 # make evidence    run all comparisons of experiments/ that need no COCO: hours; see docs/RESULTS.md
 # make notebook    run notebooks/tour.ipynb as it is in the repository
@@ -18,9 +19,10 @@ MODEL ?= dino
 DATA := outputs/toy_coco
 OUT := outputs/demo
 CPU_OP := ops/libms_deform_attn_cpu.so
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: demo zoo evidence test notebook op gpu lint docs clean
+.PHONY: demo zoo evidence test test-full notebook op gpu lint docs clean
 
 $(VENV)/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,7 +60,10 @@ evidence: $(VENV)/.installed-dev $(CPU_OP)
 	$(BIN)/python tools/experiment.py --data $(or $(DATASETS),data)
 
 test: $(VENV)/.installed-dev $(CPU_OP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+	$(PYTEST)
+
+test-full: $(VENV)/.installed-dev $(CPU_OP)
+	$(PYTEST) -m full
 
 notebook: $(VENV)/.installed-dev $(CPU_OP)
 	$(BIN)/python -m pytest --nbmake notebooks

@@ -56,7 +56,7 @@ DETECTOR = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first: the workers then finish at the same time."""
-    items.sort(key=lambda item: "slow" not in item.keywords)
+    items.sort(key=lambda item: not {"slow", "full"} & set(item.keywords))
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,7 @@ def test_profile_adds_up(tmp_path):
     assert f"| total | {sum(flops.values()) / 1e9:.2f} |" in printed
 
 
+@pytest.mark.full
 def test_training_steps_of_two_sides(monkeypatch, tmp_path, capsys):
     more = "--mode", "train", "--side=", "--side=--amp --batch_size 2"
     report = run(monkeypatch, tmp_path / "step.json", *more)

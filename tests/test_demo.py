@@ -96,7 +96,7 @@ def drawn(page: Page) -> np.ndarray:
         return np.asarray(picture.convert("RGB"), dtype=float)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
 def test_in_a_browser(server, page, file, toy, tmp_path):
     """A picture goes in, boxes come out; what is no picture, or too large, gives a message."""

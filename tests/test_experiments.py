@@ -72,6 +72,7 @@ def test_full_size_comparisons_start(name: str, tmp_path: Path, monkeypatch: pyt
         train(run)
 
 
+@pytest.mark.full
 def test_a_killed_comparison_goes_on(tmp_path: Path):
     """`kill -9` of the tool and its runs: finished runs are kept, the other one is resumed."""
     command = [sys.executable, str(ROOT / "tools/experiment.py"), "mask_toy", "--seeds", "1"]

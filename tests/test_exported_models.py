@@ -45,6 +45,7 @@ FAMILIES = {
     "dn_dab_dino_deformable_detr": {},
     "dino": {},
 }
+QUICK = ("dab_detr", "dn_dab_deformable_detr_deformable_encoder_only", "dino")  # part of make test
 
 
 @pytest.fixture
@@ -89,7 +90,10 @@ def test_gathers_equal_the_reference():
     torch.testing.assert_close(ms_deform_attn_by_gathers(*inputs), expected)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in FAMILIES],
+)
 def test_every_family_in_onnx(name: str, make, tmp_path: Path):
     """In both runtimes by `export_detector`, and once more, from the file, here."""
     path, output = make(name, **FAMILIES[name]), tmp_path / "model.onnx"
@@ -223,6 +227,7 @@ def test_average_precision_of_the_truth_is_1(toy: Path):
     assert average_precision(predict, dataset) == pytest.approx(1)
 
 
+@pytest.mark.full
 def test_int8(make, toy, capsys, monkeypatch):
     """The convolutions' weights are bytes; what costs too much AP is not written."""
     path = make("dino")

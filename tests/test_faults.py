@@ -25,7 +25,7 @@ def arguments(toy: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_kills_at_random_times(processes: int, tmp_path: Path):
     """`python -m tests.kill_runs` runs more of the same."""
     assert kill_runs.test(2, processes, tmp_path, random.Random(1)) == []
@@ -117,7 +117,7 @@ def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_fifty_resumes_leak_nothing(tmp_path: Path):
     """Each trains and evaluates one more epoch, in this process."""
     tiny = make_toy_coco(tmp_path / "toy", num_train=2, num_val=1, size=48)

@@ -31,7 +31,7 @@ def run(folder: Path, *arguments: str, missing: tuple[str, ...] = ()) -> tuple[d
     return report["parts"], (folder / "gpu_cpu.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_parts_run_without_optional_packages(tmp_path):
     missing = "pycocotools", "hotcoco", "tensorboard", "matplotlib", "submitit", "pytest"
     names = "op_build", "op_tests", "train_dino", "syncs", "amp", "ddp"

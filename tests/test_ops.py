@@ -521,6 +521,7 @@ def make_toolkit(folder: Path, release: str, compiles: bool = True) -> dict[str,
     }
 
 
+@pytest.mark.full
 def test_build_without_cuda_has_only_the_cpu_library(tmp_path):
     result = build(tmp_path, "build_ext", "--inplace", MS_DEFORM_ATTN_CPU_ONLY="1")
     assert result.returncode == 0, result.stderr
@@ -555,6 +556,7 @@ def test_requested_architectures_are_compiled(tmp_path):
     assert command.count("-gencode") == 3
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_cuda_kernel_compiles(tmp_path):
     result = build(tmp_path, "build_ext", "--inplace", TORCH_CUDA_ARCH_LIST="9.0")
@@ -641,7 +643,7 @@ def test_arm_has_no_other_variant(run_on_arm):
         run_on_arm(*inputs, torch.ones(1, 2, 2, dtype=torch.float64), variant="avx2")
 
 
-@pytest.mark.parametrize("method", ["pip", "setup.py"])
+@pytest.mark.parametrize("method", ["pip", pytest.param("setup.py", marks=pytest.mark.full)])
 def test_installs_as_a_standalone_package(tmp_path, method):
     """`pip install ./ops` and the released `python setup.py build install`, into a folder."""
     target = tmp_path / "site"

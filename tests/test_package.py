@@ -90,6 +90,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.full
 def test_the_wheel_is_one_package_that_works_anywhere(sdist, tmp_path, small):
     quick = tmp_path / "c++"  # -O3 would take as long as all the rest
     quick.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
