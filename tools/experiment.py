@@ -144,8 +144,8 @@ def list_runs(
 
 
 def free_places(jobs: int | None, processes: int) -> SimpleQueue[dict[str, str]]:
-    """The environments of the runs that go at a time (`jobs`; None: as many as there are GPUs for, or
-    cores): GPUs of their own, or OMP_NUM_THREADS, a share of the cores where it is not set."""
+    """The environments of the runs that go at a time, by default as many as there are GPUs for, or
+    cores: GPUs of their own, or OMP_NUM_THREADS, a share of the cores where it is not set."""
     gpus = range(0, torch.cuda.device_count() - processes + 1, processes)
     names = [",".join(map(str, range(first, first + processes))) for first in gpus][:jobs]
     places = [{"CUDA_VISIBLE_DEVICES": name} for name in names]
