@@ -54,6 +54,11 @@ DETECTOR = {
 }
 
 
+def full(*values: object) -> list[Any]:
+    """Values of a parameter with which a test is part of `make test-full` only."""
+    return [pytest.param(value, marks=pytest.mark.full) for value in values]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first: the workers then finish at the same time."""
     items.sort(key=lambda item: not {"slow", "full"} & set(item.keywords))

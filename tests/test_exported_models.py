@@ -23,6 +23,7 @@ from models.export import Exportable, Target, TopK, average_precision, export_de
 from models.options import DetectorOptions
 from models.preprocess import normalize
 from ops import ms_deform_attn_by_gathers, ms_deform_attn_reference
+from tests.conftest import full
 
 SMALL = {
     "hidden_dim": 32,
@@ -90,10 +91,7 @@ def test_gathers_equal_the_reference():
     torch.testing.assert_close(ms_deform_attn_by_gathers(*inputs), expected)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in FAMILIES],
-)
+@pytest.mark.parametrize("name", [*QUICK, *full(*(n for n in FAMILIES if n not in QUICK))])
 def test_every_family_in_onnx(name: str, make, tmp_path: Path):
     """In both runtimes by `export_detector`, and once more, from the file, here."""
     path, output = make(name, **FAMILIES[name]), tmp_path / "model.onnx"

@@ -13,7 +13,7 @@ import pytest
 from datasets.toy import make_toy_coco
 from main import main
 from tests import kill_runs
-from tests.conftest import SMALL, children_of, wait_for_first_epoch
+from tests.conftest import SMALL, children_of, full, wait_for_first_epoch
 from tests.test_main import read_log
 from util.checkpoint import read_checkpoint
 
@@ -25,7 +25,7 @@ def arguments(toy: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize("processes", [1, *full(2)])
 def test_kills_at_random_times(processes: int, tmp_path: Path):
     """`python -m tests.kill_runs` runs more of the same."""
     assert kill_runs.test(2, processes, tmp_path, random.Random(1)) == []

@@ -11,6 +11,7 @@ from datasets.toy import make_toy_coco
 from engine import evaluate, train_steps
 from models import build_model
 from models.evaluation import CocoEvaluator
+from tests.conftest import full
 from train_state import TrainState
 from util.config import load_config
 
@@ -19,11 +20,10 @@ REST = [
     *("detr", "dn_detr", "dn_dab_detr", "anchor_detr", "dn_anchor_detr", "deformable_detr"),
     *("faster_rcnn", "dn_faster_rcnn", "dab_detr --masks"),
 ]
-marked = lambda names: [pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dn_deformable_detr", *marked(REST)])
+@pytest.mark.parametrize("name", ["dn_deformable_detr", *full(*REST)])
 def test_overfits_eight_images(name: str, tmp_path: Path):
     # The validation split, as its images are not augmented.
     root = make_toy_coco(tmp_path, num_train=0, num_val=8, size=96)

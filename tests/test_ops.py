@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ops import MSDeformAttn, choose_backend, ms_deform_attn, native
 from ops.ms_deform_attn import _choose
+from tests.conftest import full
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [(7, 5), (3, 4), (1, 2), (2, 1), (4, 3)]
@@ -643,7 +644,7 @@ def test_arm_has_no_other_variant(run_on_arm):
         run_on_arm(*inputs, torch.ones(1, 2, 2, dtype=torch.float64), variant="avx2")
 
 
-@pytest.mark.parametrize("method", ["pip", pytest.param("setup.py", marks=pytest.mark.full)])
+@pytest.mark.parametrize("method", ["pip", *full("setup.py")])
 def test_installs_as_a_standalone_package(tmp_path, method):
     """`pip install ./ops` and the released `python setup.py build install`, into a folder."""
     target = tmp_path / "site"
